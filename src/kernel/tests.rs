@@ -1,0 +1,1 @@
+//! Tests of the kernel interface, to be run for every tier.

@@ -1,0 +1,155 @@
+//! The key ring: an immutable snapshot of every key, set up for use.
+//!
+//! A new ring reuses what the old one had set up for versions that are still there, so their leases and wrapping
+//! states go on; states of versions that no longer wrap are wiped.
+
+use std::{collections::HashMap, sync::Arc, sync::atomic::AtomicBool};
+
+use foldhash::fast::RandomState;
+
+use super::{
+    Alias, KeyRecord, KeyState, StoredKey,
+    budget::Lease,
+    id::{KeyId, KeyVersionId},
+};
+use crate::{cpu::Tier, error::Result, wrap::Wrapper};
+
+/// A version set up for use.
+pub(crate) struct KeyVersion {
+    pub(crate) id: KeyVersionId,
+    pub(crate) wrapper: Wrapper,
+    /// Of `Direct` versions.
+    pub(crate) lease: Lease,
+}
+
+/// A key in the ring.
+pub(crate) struct Key {
+    pub(crate) record: KeyRecord,
+    pub(crate) aliases: Vec<Alias>,
+    versions: Vec<Arc<KeyVersion>>,
+    /// Whether the use of the initial version in spite of rotation was warned about.
+    pub(crate) warned: Arc<AtomicBool>,
+}
+
+impl Key {
+    pub(crate) fn initial(&self) -> &Arc<KeyVersion> {
+        self.versions.first().expect("a key has at least one version")
+    }
+
+    pub(crate) fn primary(&self) -> &Arc<KeyVersion> {
+        self.versions.last().expect("a key has at least one version")
+    }
+
+    pub(crate) fn versions(&self) -> &[Arc<KeyVersion>] {
+        &self.versions
+    }
+}
+
+/// Everything that a batch needs to know of keys.
+#[derive(Default)]
+pub(crate) struct Ring {
+    /// The store's change counter when this was read.
+    pub(crate) changes: u64,
+    keys: HashMap<KeyId, Arc<Key>, RandomState>,
+    aliases: HashMap<Alias, KeyId, RandomState>,
+    names: HashMap<Box<str>, Arc<Key>, RandomState>,
+    versions: HashMap<KeyVersionId, (Arc<Key>, Arc<KeyVersion>), RandomState>,
+}
+
+impl Ring {
+    /// Sets up what `stored` holds.
+    ///
+    /// # Errors
+    /// As [`Wrapper::new`], which means a store that holds what was never created.
+    pub(crate) fn build(
+        changes: u64,
+        stored: &[StoredKey],
+        before: &Ring,
+        tier: Tier,
+    ) -> Result<Self> {
+        let mut ring = Self { changes, ..Self::default() };
+        for stored in stored {
+            let key = Arc::new(Key {
+                record: stored.record.clone(),
+                aliases: stored.aliases.clone(),
+                versions: set_up(stored, before, tier)?,
+                warned: before
+                    .keys
+                    .get(&stored.record.id)
+                    .map(|key| Arc::clone(&key.warned))
+                    .unwrap_or_default(),
+            });
+            key.settle_states();
+            for version in &key.versions {
+                ring.versions.insert(version.id, (Arc::clone(&key), Arc::clone(version)));
+            }
+            for alias in &key.aliases {
+                ring.aliases.insert(alias.clone(), key.record.id);
+                ring.names.insert(alias.as_str().into(), Arc::clone(&key));
+            }
+            ring.names.insert(key.record.id.as_str().into(), Arc::clone(&key));
+            ring.keys.insert(key.record.id, key);
+        }
+        for (id, gone) in &before.keys {
+            if !ring.keys.contains_key(id) {
+                gone.rest();
+            }
+        }
+        Ok(ring)
+    }
+
+    /// The key with this id or alias.
+    pub(crate) fn resolve(&self, name: &str) -> Option<&Arc<Key>> {
+        self.names.get(name)
+    }
+
+    /// The version with this id, and its key.
+    pub(crate) fn version(&self, id: &KeyVersionId) -> Option<&(Arc<Key>, Arc<KeyVersion>)> {
+        self.versions.get(id)
+    }
+
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &Arc<Key>> {
+        self.keys.values()
+    }
+
+    pub(crate) fn aliases(&self) -> impl Iterator<Item = (&Alias, KeyId)> {
+        self.aliases.iter().map(|(alias, key)| (alias, *key))
+    }
+}
+
+fn set_up(stored: &StoredKey, before: &Ring, tier: Tier) -> Result<Vec<Arc<KeyVersion>>> {
+    let scheme = stored.record.scheme;
+    let set_up_one = |version: &super::VersionRecord| match before.versions.get(&version.id) {
+        Some((_, known)) => Ok(Arc::clone(known)),
+        None => {
+            let wrapper = Wrapper::new(tier, scheme, &version.material)?;
+            Ok(Arc::new(KeyVersion { id: version.id, wrapper, lease: Lease::default() }))
+        }
+    };
+    stored.versions.iter().map(set_up_one).collect()
+}
+
+impl Key {
+    /// Wipes the wrapping states of versions that do not wrap now: all of a key that is not enabled, and any but the
+    /// initial and the primary one.
+    fn settle_states(&self) {
+        for version in &self.versions {
+            let wraps = version.id == self.initial().id || version.id == self.primary().id;
+            if let Wrapper::Derived { states, .. } = &version.wrapper {
+                if wraps && self.record.state == KeyState::Enabled {
+                    states.wake()
+                } else {
+                    states.rest()
+                }
+            }
+        }
+    }
+
+    fn rest(&self) {
+        for version in &self.versions {
+            if let Wrapper::Derived { states, .. } = &version.wrapper {
+                states.rest();
+            }
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! Every length, count and cap of the engine, with const assertions between them.
+//!
+//! Nothing else in the crate states a limit as a number. Sources are named where a number is not ours.
+
+use std::time::Duration;
+
+/// Fewest bytes of a data key.
+pub const NUMBER_OF_BYTES_MIN: usize = 1;
+/// Most bytes of a data key (the KMS's `NumberOfBytes`).
+pub const NUMBER_OF_BYTES_MAX: usize = 1024;
+/// Most bytes of additional authenticated data (the KMS's `Aad`).
+pub const AAD_LEN_MAX: usize = 8192;
+
+/// Bytes of a GCM IV (SP 800-38D section 5.2.1.1).
+pub const IV_LEN: usize = 12;
+/// Bytes of a GCM tag.
+pub const TAG_LEN: usize = 16;
+/// Bytes of the salt of the `Derived` scheme: the first half of an XAES-256-GCM nonce.
+pub const SALT_LEN: usize = 12;
+
+/// Characters of a key id: `key-` and 21 of `[a-z0-9]`.
+pub const KEY_ID_LEN: usize = 25;
+/// Characters of a key version id: the key id, `-`, and 10 of `[a-z0-9]`.
+pub const KEY_VERSION_ID_LEN: usize = 36;
+/// Most characters of an alias, `alias/` included.
+pub const ALIAS_LEN_MAX: usize = 255;
+/// Most bytes of a key's description.
+pub const DESCRIPTION_LEN_MAX: usize = 8192;
+
+/// Bytes before the key version id in a self-describing blob.
+pub const BLOB_MAGIC_LEN: usize = 3;
+/// Bytes before the wrapped part of a self-describing blob: magic, key version id, IV.
+pub const BLOB_HEAD_LEN: usize = BLOB_MAGIC_LEN + KEY_VERSION_ID_LEN + IV_LEN;
+/// Most bytes of a blob: self-describing, `Derived`, the longest data key.
+pub const BLOB_LEN_MAX: usize = BLOB_HEAD_LEN + SALT_LEN + NUMBER_OF_BYTES_MAX + TAG_LEN;
+
+/// Most items of one batch call.
+pub const BATCH_ITEMS_MAX: usize = 1 << 20;
+/// Most bytes of data keys, IVs and blobs together that one batch call returns.
+pub const BATCH_OUTPUT_MAX: usize = 1 << 30;
+
+/// Most items of a chunk. A chunk's DEKs, IVs, AADs and blobs should stay in the L2 cache.
+pub const CHUNK_ITEMS_MAX: usize = 1024;
+/// Most bytes of DEKs, IVs, AADs and blobs of a chunk (a chunk holds at least one item all the same).
+pub const CHUNK_BYTES_MAX: usize = 256 << 10;
+/// A run of a `Derived` version shorter than this uses the version's wrapping state, since deriving a key of its own
+/// costs about as much as sealing one message.
+pub const SHORT_RUN: usize = 32;
+/// A batch of fewer items runs on the caller's thread (threshold: PERF.md, "Fan-out").
+pub const FAN_OUT_ITEMS_MIN: usize = 2048;
+/// A batch of fewer items takes its seed from the thread's pool, a larger one from the operating system.
+pub const OS_SEED_ITEMS_MIN: usize = 256;
+
+/// Wraps under one AES-GCM key with random IVs (SP 800-38D section 8.3): the bound of a `Direct` version.
+pub const WRAPS_PER_VERSION_MAX: u64 = 1 << 32;
+/// Wraps after which a `Direct` key with rotation gets a new primary version.
+pub const WRAPS_BEFORE_ROTATION: u64 = 1 << 31;
+/// Most wraps that one lease takes from the store beyond what the call itself needs.
+pub const LEASE_MAX: u64 = 1 << 20;
+/// Size of a version's first lease beyond need; each further one doubles.
+pub const LEASE_FIRST: u64 = 64;
+
+/// Most wraps of one wrapping state, that is of one salt.
+pub const STATE_WRAPS_MAX: u64 = 1 << 20;
+/// Longest life of a wrapping state.
+pub const STATE_AGE_MAX: Duration = Duration::from_secs(1);
+/// Wrapping states that a version keeps.
+pub const STATE_SLOTS: usize = 8;
+
+/// A per-thread pool is reseeded from the operating system after this many bytes.
+pub const POOL_BYTES_MAX: u64 = 1 << 20;
+/// A per-thread pool is reseeded from the operating system after this time.
+pub const POOL_AGE_MAX: Duration = Duration::from_secs(1);
+
+/// Shortest time between asking for a key's deletion and its execution, in days.
+pub const DELETION_DAYS_MIN: u32 = 7;
+/// Longest time between asking for a key's deletion and its execution, in days.
+pub const DELETION_DAYS_MAX: u32 = 366;
+/// Shortest rotation period.
+pub const ROTATION_PERIOD_MIN: Duration = Duration::from_secs(7 * 86_400);
+/// Longest rotation period.
+pub const ROTATION_PERIOD_MAX: Duration = Duration::from_secs(365 * 86_400);
+
+/// Bytes of a root key.
+pub const ROOT_KEY_LEN: usize = 32;
+/// How often an engine asks its store whether another process changed it.
+pub const WATCH_INTERVAL: Duration = Duration::from_millis(400);
+/// How often an engine executes due rotations and deletions.
+pub const RUN_DUE_INTERVAL: Duration = Duration::from_secs(60);
+
+const _: () = assert!(KEY_VERSION_ID_LEN == KEY_ID_LEN + 1 + 10);
+const _: () = assert!(BLOB_HEAD_LEN == 51);
+const _: () = assert!(WRAPS_BEFORE_ROTATION < WRAPS_PER_VERSION_MAX);
+// A lease counter keeps 40 bits of remaining wraps (keys/budget.rs).
+const _: () = assert!(BATCH_ITEMS_MAX as u64 + LEASE_MAX < 1 << 40);
+// Slots of a batch are 32-bit, with the highest value kept for "refused".
+const _: () = assert!(BATCH_ITEMS_MAX < u32::MAX as usize);
+// One item always fits a batch, and one chunk's IVs never wrap around to their start.
+const _: () = assert!(NUMBER_OF_BYTES_MAX + IV_LEN + BLOB_LEN_MAX < BATCH_OUTPUT_MAX);
+const _: () = assert!(SHORT_RUN <= CHUNK_ITEMS_MAX && OS_SEED_ITEMS_MIN <= FAN_OUT_ITEMS_MIN);
+// A change by another process must be seen within a second.
+const _: () = assert!(WATCH_INTERVAL.as_millis() < 1000);

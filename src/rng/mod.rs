@@ -1,0 +1,157 @@
+//! Random bytes: batch seeds and per-thread pools, or a seeded stand-in for tests.
+//!
+//! Data keys come from ChaCha20 seeded by the operating system, never from KEK material. A large batch takes one
+//! fresh seed from the operating system ([`Rng::os_seed`]); small ones and single calls draw from the thread's pool
+//! ([`Rng::fill`]). ChaCha20 is no approved DRBG in the FIPS sense (SECURITY.md).
+
+mod pool;
+
+#[cfg(any(feature = "deterministic", fuzzing, test))]
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use zeroize::Zeroizing;
+
+use crate::{
+    cpu::Tier,
+    error::{Error, ErrorKind, Result},
+    kernel,
+    limits::{IV_LEN, SALT_LEN},
+    secret::Seed,
+};
+
+/// Where an engine's random bytes come from.
+pub(crate) enum Rng {
+    /// The operating system, stretched by ChaCha20.
+    Os(Tier),
+    /// Everything from one seed: draw *k* is stream *k*.
+    #[cfg(any(feature = "deterministic", fuzzing, test))]
+    Seeded { tier: Tier, seed: Seed, draws: AtomicU64 },
+}
+
+impl Rng {
+    #[cfg(any(feature = "deterministic", fuzzing, test))]
+    pub(crate) fn seeded(tier: Tier, seed: [u8; 32]) -> Self {
+        Self::Seeded { tier, seed: Zeroizing::new(seed), draws: AtomicU64::new(0) }
+    }
+
+    /// Whether the bytes follow from a seed.
+    pub(crate) fn is_deterministic(&self) -> bool {
+        !matches!(self, Self::Os(_))
+    }
+
+    /// Fills `out` from the thread's pool.
+    ///
+    /// # Errors
+    /// `Machine` if the operating system gives no random bytes; `out` then holds nothing of use.
+    pub(crate) fn fill(&self, out: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Os(tier) => pool::fill(*tier, out),
+            #[cfg(any(feature = "deterministic", fuzzing, test))]
+            Self::Seeded { tier, seed, draws } => {
+                kernel::chacha_fill(*tier, seed, draws.fetch_add(1, Ordering::Relaxed), 0, out);
+                Ok(())
+            }
+        }
+    }
+
+    /// Fills `out` from the operating system itself: long-lived key material, seeds of large batches.
+    ///
+    /// # Errors
+    /// As [`Rng::fill`].
+    pub(crate) fn fill_from_os(&self, out: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Os(_) => os_fill(out),
+            #[cfg(any(feature = "deterministic", fuzzing, test))]
+            Self::Seeded { .. } => self.fill(out),
+        }
+    }
+
+    /// A fresh seed from the operating system.
+    ///
+    /// # Errors
+    /// As [`Rng::fill`].
+    pub(crate) fn os_seed(&self) -> Result<Seed> {
+        let mut seed = Zeroizing::new([0; 32]);
+        self.fill_from_os(&mut *seed)?;
+        Ok(seed)
+    }
+
+    /// A seed from the thread's pool.
+    ///
+    /// # Errors
+    /// As [`Rng::fill`].
+    pub(crate) fn pool_seed(&self) -> Result<Seed> {
+        let mut seed = Zeroizing::new([0; 32]);
+        self.fill(&mut *seed)?;
+        Ok(seed)
+    }
+}
+
+fn os_fill(out: &mut [u8]) -> Result<()> {
+    getrandom::fill(out).map_err(|error| {
+        Error::new(ErrorKind::Machine, format!("The system gave no random bytes: {error}."))
+    })
+}
+
+/// What a chunk of a batch draws from its stream of the batch seed.
+///
+/// | bytes of the stream | use |
+/// |---|---|
+/// | 0..12 | salt |
+/// | 12..24 | first IV |
+/// | 64.. | DEKs |
+#[derive(Clone, Copy)]
+pub(crate) struct ChunkStart {
+    pub(crate) salt: [u8; SALT_LEN],
+    pub(crate) iv: [u8; IV_LEN],
+}
+
+/// The block of a chunk's stream where DEKs begin.
+const DEK_BLOCK: u64 = 1;
+
+/// The salt and first IV of chunk `chunk`.
+pub(crate) fn chunk_start(tier: Tier, seed: &Seed, chunk: u64) -> ChunkStart {
+    let mut head = [0; SALT_LEN + IV_LEN];
+    kernel::chacha_fill(tier, seed, chunk, 0, &mut head);
+    let (salt, iv) = head.split_at(SALT_LEN);
+    ChunkStart { salt: salt.try_into().expect("SALT_LEN"), iv: iv.try_into().expect("IV_LEN") }
+}
+
+/// The DEK bytes of chunk `chunk`.
+pub(crate) fn chunk_deks(tier: Tier, seed: &Seed, chunk: u64, out: &mut [u8]) {
+    kernel::chacha_fill(tier, seed, chunk, DEK_BLOCK, out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_of_one_seed_share_nothing_and_follow_the_layout() {
+        let seed = Zeroizing::new([9; 32]);
+        let (a, b) = (chunk_start(Tier::Portable, &seed, 0), chunk_start(Tier::Portable, &seed, 1));
+        assert_ne!((a.salt, a.iv), (b.salt, b.iv));
+        let mut stream = [0; 128];
+        kernel::chacha_fill(Tier::Portable, &seed, 1, 0, &mut stream);
+        assert_eq!(
+            (b.salt, b.iv),
+            (stream[..12].try_into().unwrap(), stream[12..24].try_into().unwrap())
+        );
+        let mut deks = [0; 64];
+        chunk_deks(Tier::Portable, &seed, 1, &mut deks);
+        assert_eq!(deks, stream[64..]);
+    }
+
+    #[test]
+    fn a_seeded_source_repeats_itself_and_never_within_itself() {
+        let draw = |rng: &Rng| {
+            let mut out = [0; 32];
+            rng.fill(&mut out).unwrap();
+            out
+        };
+        let (a, b) = (Rng::seeded(Tier::Portable, [1; 32]), Rng::seeded(Tier::Portable, [1; 32]));
+        let first = draw(&a);
+        assert_eq!(first, draw(&b));
+        assert_ne!(first, draw(&a));
+    }
+}

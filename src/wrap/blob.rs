@@ -1,0 +1,162 @@
+//! Layouts of `CiphertextBlob`: the only file that knows them. `n` is NumberOfBytes.
+//!
+//! ```text
+//! raw                Direct    ct[n] tag[16]                                                  n + 16
+//!                    Derived   salt[12] ct[n] tag[16]                                         n + 28
+//! self-describing    Direct    24 00 02 | KeyVersionId[36] | Iv[12] | ct[n] tag[16]           n + 67
+//!                    Derived   24 00 02 | KeyVersionId[36] | Iv[12] | salt[12] ct[n] tag[16]  n + 79
+//! ```
+//!
+//! `GenerateDataKey` returns raw blobs with the IV beside them, `AdvanceGenerateDataKey` self-describing ones. The head
+//! is the KMS's: `$`, cipher version and padding mode, algorithm 2 = AES_GCM. The scheme is the key version's.
+
+use std::ops::Range;
+
+use super::Scheme;
+use crate::{
+    keys::id::KeyVersionId,
+    limits::{BLOB_HEAD_LEN, BLOB_MAGIC_LEN, IV_LEN, KEY_VERSION_ID_LEN, SALT_LEN, TAG_LEN},
+};
+
+/// The head of a self-describing blob of AES-GCM.
+pub(crate) const MAGIC: [u8; BLOB_MAGIC_LEN] = [0x24, 0x00, 0x02];
+
+/// Which of the two forms of blob an operation makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Form {
+    /// The wrapped key alone.
+    Raw,
+    /// With version id and IV in front.
+    SelfDescribing,
+}
+
+/// Where the parts of a blob lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Layout {
+    pub(crate) form: Form,
+    pub(crate) scheme: Scheme,
+    /// Bytes of the wrapped data key.
+    pub(crate) dek_len: usize,
+}
+
+impl Layout {
+    /// Bytes before the salt or the ciphertext.
+    fn head_len(self) -> usize {
+        match self.form {
+            Form::Raw => 0,
+            Form::SelfDescribing => BLOB_HEAD_LEN,
+        }
+    }
+
+    /// Where the ciphertext begins.
+    pub(crate) fn ciphertext_at(self) -> usize {
+        self.head_len()
+            + match self.scheme {
+                Scheme::Direct => 0,
+                Scheme::Derived => SALT_LEN,
+            }
+    }
+
+    /// Bytes of the whole blob.
+    pub(crate) fn len(self) -> usize {
+        self.ciphertext_at() + self.dek_len + TAG_LEN
+    }
+
+    /// Writes everything but ciphertext and tag into `blob`, which has this layout's length.
+    pub(crate) fn write_head(
+        self,
+        blob: &mut [u8],
+        version: &KeyVersionId,
+        iv: &[u8; IV_LEN],
+        salt: &[u8; SALT_LEN],
+    ) {
+        if self.form == Form::SelfDescribing {
+            blob[..BLOB_MAGIC_LEN].copy_from_slice(&MAGIC);
+            blob[VERSION_AT].copy_from_slice(version.as_str().as_bytes());
+            blob[IV_AT].copy_from_slice(iv);
+        }
+        if self.scheme == Scheme::Derived {
+            blob[self.head_len()..self.ciphertext_at()].copy_from_slice(salt);
+        }
+    }
+}
+
+const VERSION_AT: Range<usize> = BLOB_MAGIC_LEN..BLOB_MAGIC_LEN + KEY_VERSION_ID_LEN;
+const IV_AT: Range<usize> = VERSION_AT.end..VERSION_AT.end + IV_LEN;
+
+/// The version id and IV in front of a blob, if it begins as a self-describing one. Whether the id names a version
+/// that exists, and so whether the blob is self-describing at all, is for the caller to look up.
+pub(crate) fn head(blob: &[u8]) -> Option<(KeyVersionId, [u8; IV_LEN])> {
+    if blob.len() < BLOB_HEAD_LEN || blob[..BLOB_MAGIC_LEN] != MAGIC {
+        return None;
+    }
+    let version = std::str::from_utf8(&blob[VERSION_AT]).ok().and_then(KeyVersionId::parse)?;
+    Some((version, blob[IV_AT].try_into().expect("IV_LEN")))
+}
+
+/// A blob cut into its parts.
+#[derive(Clone, Copy)]
+pub(crate) struct Parts<'a> {
+    /// Zeros for `Direct`, which has none.
+    pub(crate) salt: [u8; SALT_LEN],
+    /// Ciphertext and tag.
+    pub(crate) sealed: &'a [u8],
+}
+
+impl Parts<'_> {
+    /// Bytes of the wrapped data key.
+    pub(crate) fn dek_len(&self) -> usize {
+        self.sealed.len() - TAG_LEN
+    }
+}
+
+/// Cuts a blob. `None` if it is too short to hold even one byte of data key.
+pub(crate) fn cut(blob: &[u8], form: Form, scheme: Scheme) -> Option<Parts<'_>> {
+    let at = Layout { form, scheme, dek_len: 0 }.ciphertext_at();
+    let sealed = blob.get(at..).filter(|sealed| sealed.len() > TAG_LEN)?;
+    let mut salt = [0; SALT_LEN];
+    if scheme == Scheme::Derived {
+        salt.copy_from_slice(&blob[at - SALT_LEN..at]);
+    }
+    Some(Parts { salt, sealed })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn version() -> KeyVersionId {
+        KeyVersionId::parse("key-hzz62f1cb66fa42qopd9s-17kedvabcd").unwrap()
+    }
+
+    #[test]
+    fn lengths_are_those_of_the_table() {
+        let len = |form, scheme| Layout { form, scheme, dek_len: 32 }.len() - 32;
+        assert_eq!(len(Form::Raw, Scheme::Direct), 16);
+        assert_eq!(len(Form::Raw, Scheme::Derived), 28);
+        assert_eq!(len(Form::SelfDescribing, Scheme::Direct), 67);
+        assert_eq!(len(Form::SelfDescribing, Scheme::Derived), 79);
+    }
+
+    #[test]
+    fn what_is_written_is_cut_again() {
+        for form in [Form::Raw, Form::SelfDescribing] {
+            for scheme in [Scheme::Direct, Scheme::Derived] {
+                let layout = Layout { form, scheme, dek_len: 5 };
+                let mut blob = vec![0xee; layout.len()];
+                layout.write_head(&mut blob, &version(), &[1; 12], &[2; 12]);
+                let parts = cut(&blob, form, scheme).unwrap();
+                assert_eq!(parts.sealed, [0xee; 21]);
+                assert_eq!(parts.dek_len(), 5);
+                assert_eq!(parts.salt, if scheme == Scheme::Derived { [2; 12] } else { [0; 12] });
+                assert_eq!(
+                    head(&blob),
+                    (form == Form::SelfDescribing).then(|| (version(), [1; 12]))
+                );
+                for short in 0..=layout.len() - 5 {
+                    assert!(cut(&blob[..short], form, scheme).is_none(), "{short}");
+                }
+            }
+        }
+    }
+}
