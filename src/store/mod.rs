@@ -138,17 +138,3 @@ mod tests {
         }
     }
 }
-pub struct RootKey;
-pub(crate) struct SqliteStore;
-impl SqliteStore {
-    pub(crate) fn open(_: &std::path::Path, _: &RootKey) -> Result<MemoryStore> {
-        todo!()
-    }
-    pub(crate) fn create(
-        _: &std::path::Path,
-        _: &RootKey,
-        _: &crate::rng::Rng,
-    ) -> Result<MemoryStore> {
-        todo!()
-    }
-}
