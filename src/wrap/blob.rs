@@ -93,6 +93,11 @@ pub(crate) fn head(blob: &[u8]) -> Option<([u8; KEY_VERSION_ID_LEN], [u8; IV_LEN
     Some((version, blob[IV_AT].try_into().expect("IV_LEN")))
 }
 
+/// Whether a blob begins as a self-describing one, cut or not.
+pub(crate) fn claims_head(blob: &[u8]) -> bool {
+    blob.starts_with(&MAGIC) || MAGIC.starts_with(blob)
+}
+
 /// A blob cut into its parts.
 #[derive(Clone, Copy)]
 pub(crate) struct Parts<'a> {
