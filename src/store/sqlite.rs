@@ -145,6 +145,23 @@ impl SqliteStore {
     }
 }
 
+#[cfg(test)]
+impl SqliteStore {
+    /// Deletes a key as a crash before the erasure leaves it.
+    pub(super) fn delete_without_erasing(&self, id: &KeyId) {
+        let deleted = self.0.with(|inner, open| {
+            let transaction = open.sqlite.transaction()?;
+            let mut meta = Meta::read(&transaction, &inner.keys)?;
+            rows::delete_key(&transaction, id)?;
+            meta.keys -= 1;
+            meta.deleted += 1;
+            meta.changed(&transaction, &inner.keys)?;
+            Ok(transaction.commit()?)
+        });
+        deleted.unwrap();
+    }
+}
+
 impl Drop for SqliteStore {
     fn drop(&mut self) {
         // In a child that has not used the store, or must not, there is nothing to close.
