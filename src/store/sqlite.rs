@@ -31,7 +31,7 @@ use super::{
     place::{COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
     rows::{self, Meta, StoredMeta, Verdict},
-    schema::{Failure, Open, Outcome, Use, corrupt},
+    schema::{Failure, Gate, Open, Outcome, corrupt},
     seal::{StoreId, StoreKeys},
 };
 use crate::{
@@ -67,6 +67,8 @@ impl SqliteStore {
         let mut id = StoreId([0; 16]);
         rng.fill_from_os(&mut id.0)?;
         let keys = StoreKeys::derive(root, id, tier(rng));
+        let place = |error: io::Error| not_placed(&path, &error);
+        let draft = Draft::new(&path).map_err(place)?;
         for companion in COMPANIONS {
             // SQLite would take a log that a removed store left behind for this store's.
             let leftover = with_suffix(&path, companion);
@@ -77,11 +79,8 @@ impl SqliteStore {
                 )));
             }
         }
-        let place = |error: io::Error| not_placed(&path, &error);
-        let draft = Draft::new(&path).map_err(place)?;
         {
-            let _use = Use::begin(&path)?;
-            let _gate = os::fork_gate();
+            let _gate = Gate::enter(&path)?;
             write_new(draft.path(), &keys, rng).map_err(|failure| failure.explain(&path))?;
         }
         draft.publish().map_err(place)?;
@@ -98,8 +97,7 @@ impl SqliteStore {
         check_file(&path)?;
         let tier = Tier::detect()?;
         let store = {
-            let in_use = Use::begin(&path)?;
-            let _gate = os::fork_gate();
+            let _gate = Gate::enter(&path)?;
             let (mut open, keys, meta) =
                 open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?;
             let inner = Inner {
@@ -112,7 +110,6 @@ impl SqliteStore {
             // After a crash between a deletion and its erasure.
             inner.erase(&mut open);
             inner.connection.get_or(|_| Mutex::new(Some(open)));
-            drop(in_use);
             Self(Arc::new(inner))
         };
         // Takes the gate itself, so not under ours.
@@ -166,7 +163,7 @@ impl Drop for SqliteStore {
     fn drop(&mut self) {
         // In a child that has not used the store, or must not, there is nothing to close.
         let Some(connection) = self.0.connection.get() else { return };
-        let _gate = os::fork_gate();
+        let Ok(_gate) = Gate::enter(&self.0.path) else { return };
         if let Some(open) = lock(&connection).take() {
             open.close_cleanly();
         }
@@ -177,8 +174,7 @@ impl Inner {
     /// Runs `work` with the connection, opening it if there is none.
     fn with<T>(&self, work: impl FnOnce(&Self, &mut Open) -> Outcome<T>) -> Result<T> {
         // Refuses before the gate and the mutex, which in a raw clone may be held by threads that do not exist.
-        let _use = Use::begin(&self.path)?;
-        let _gate = os::fork_gate();
+        let _gate = Gate::enter(&self.path)?;
         let connection = self.connection.get_or(|_| Mutex::new(None));
         let mut slot = lock(&connection);
         let explain = |failure: Failure| failure.explain(&self.path);
@@ -410,7 +406,10 @@ fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(Open, StoreKe
     let stored = StoredMeta::read(&open.sqlite)?;
     let keys = StoreKeys::derive(root, stored.id, tier);
     match stored.verdict(&keys) {
-        Verdict::Good => Ok((open, keys, stored.meta)),
+        Verdict::Good => {
+            open.check_soundness()?;
+            Ok((open, keys, stored.meta))
+        }
         Verdict::Damaged => Err(corrupt("meta", "the store")),
         Verdict::WrongRootKey => {
             let detail = format!("It belongs to another store than {}.", path.display());

@@ -56,9 +56,18 @@ fn a_truncated_store_is_refused() {
     drop(store);
     let whole = fs::read(&scratch.path).unwrap();
     for len in (0..whole.len()).step_by(1999) {
+        // SQLite reads zeros behind the end of a last page that is cut; if there were only zeros, nothing is lost.
+        let page_end = len.next_multiple_of(4096);
+        if page_end == whole.len() && whole[len..].iter().all(|byte| *byte == 0) {
+            continue;
+        }
         fs::write(&scratch.path, &whole[..len]).unwrap();
         let error = scratch.open().and_then(|store| store.load()).err();
-        assert_eq!(error.expect("cut, and not seen").kind(), ErrorKind::StoreCorrupt, "{len}");
+        assert_eq!(
+            error.as_ref().map(Error::kind),
+            Some(ErrorKind::StoreCorrupt),
+            "{len}: {error:?}"
+        );
         for suffix in ["-wal", "-shm"] {
             let _ = fs::remove_file(super::super::place::with_suffix(&scratch.path, suffix));
         }

@@ -26,6 +26,15 @@ fn use_store(store: &SqliteStore, version: &crate::keys::KeyVersionId) -> u64 {
     wraps - 2
 }
 
+/// Ends the busy threads, also when the test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn children_of_a_busy_parent_share_the_budget_with_it() {
     let (scratch, store) = Scratch::new();
@@ -42,6 +51,7 @@ fn children_of_a_busy_parent_share_the_budget_with_it() {
                 }
             });
         }
+        let _stop = Stop(&stop);
         for round in 0..6 {
             let child = Child::run(Birth::Fork, || {
                 let own = use_store(&store, &version) + use_store(&second, &version);
@@ -53,7 +63,6 @@ fn children_of_a_busy_parent_share_the_budget_with_it() {
             let own = if round % 2 == 0 { use_store(&store, &version) } else { 0 };
             total.fetch_add(own + child.join(), Ordering::Relaxed);
         }
-        stop.store(true, Ordering::Relaxed);
     });
     assert_eq!(lease(&store, &version, 0).spent, total.into_inner());
     assert_eq!(store.load().unwrap().keys.len(), 1);

@@ -154,6 +154,15 @@ impl Child {
             // SAFETY: plain system calls. A child that hangs is ended by the alarm, which the parent sees as failure.
             unsafe { libc::alarm(120) };
             let answer = std::panic::catch_unwind(AssertUnwindSafe(work));
+            if let Err(panic) = &answer {
+                // The test's own output is captured in memory that this process takes with it.
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let text = text.or(panic.downcast_ref().copied()).unwrap_or("a panic");
+                let mut stderr = std::mem::ManuallyDrop::new(std::fs::File::from(
+                    std::os::fd::AsFd::as_fd(&std::io::stderr()).try_clone_to_owned().unwrap(),
+                ));
+                let _ = stderr.write_all(format!("child: {text}\n").as_bytes());
+            }
             let sent = answer.is_ok_and(|answer| ours.write_all(&answer.to_be_bytes()).is_ok());
             // SAFETY: as above.
             unsafe { libc::_exit(i32::from(!sent)) };
