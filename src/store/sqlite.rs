@@ -67,6 +67,7 @@ impl SqliteStore {
         let mut id = StoreId([0; 16]);
         rng.fill_from_os(&mut id.0)?;
         let keys = StoreKeys::derive(root, id, tier(rng));
+        watch_forks();
         let place = |error: io::Error| not_placed(&path, &error);
         let draft = Draft::new(&path).map_err(place)?;
         for companion in COMPANIONS {
@@ -96,25 +97,26 @@ impl SqliteStore {
         let path = absolute(path)?;
         check_file(&path)?;
         let tier = Tier::detect()?;
-        let store = {
+        watch_forks();
+        let (keys, meta) = {
             let _gate = Gate::enter(&path)?;
-            let (mut open, keys, meta) =
-                open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?;
-            let inner = Inner {
-                path,
-                keys,
-                rng: Rng::Os(tier),
-                connection: PerProcess::empty(),
-                erasure_owed: AtomicBool::new(meta.erased != meta.deleted),
-            };
-            // After a crash between a deletion and its erasure.
-            inner.erase(&mut open);
-            inner.connection.get_or(|_| Mutex::new(Some(open)));
-            Self(Arc::new(inner))
+            open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?
         };
-        // Takes the gate itself, so not under ours.
+        let store = Self(Arc::new(Inner {
+            path,
+            keys,
+            rng: Rng::Os(tier),
+            connection: PerProcess::empty(),
+            erasure_owed: AtomicBool::new(meta.erased != meta.deleted),
+        }));
+        // Before it has a connection, so that no fork meets one that nobody closes. Takes the gate, so not under ours.
         let inner: Weak<Inner> = Arc::downgrade(&store.0);
         os::quiesce_before_fork(inner);
+        store.0.with(|inner, open| {
+            // After a crash between a deletion and its erasure.
+            inner.erase(open);
+            Ok(())
+        })?;
         Ok(store)
     }
 
@@ -164,7 +166,8 @@ impl Drop for SqliteStore {
         // In a child that has not used the store, or must not, there is nothing to close.
         let Some(connection) = self.0.connection.get() else { return };
         let Ok(_gate) = Gate::enter(&self.0.path) else { return };
-        if let Some(open) = lock(&connection).take() {
+        // A connection that a fork closed left the log beside the file; people copy the file alone.
+        if let Some(open) = lock(&connection).take().or_else(|| self.0.reopen().ok()) {
             open.close_cleanly();
         }
     }
@@ -399,8 +402,13 @@ fn save(
     Ok(())
 }
 
-/// Opens a store of unknown id: reads, checks, and writes nothing.
-fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(Open, StoreKeys, Meta)> {
+/// Sees to it that forks respect the gate, even before the first store is registered.
+fn watch_forks() {
+    os::quiesce_before_fork(Weak::<Inner>::new());
+}
+
+/// Opens a store of unknown id, checks it, writes nothing, and closes it.
+fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(StoreKeys, Meta)> {
     let open = Open::file(path)?;
     open.check_format(path)?;
     let stored = StoredMeta::read(&open.sqlite)?;
@@ -408,7 +416,7 @@ fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(Open, StoreKe
     match stored.verdict(&keys) {
         Verdict::Good => {
             open.check_soundness()?;
-            Ok((open, keys, stored.meta))
+            Ok((keys, stored.meta))
         }
         Verdict::Damaged => Err(corrupt("meta", "the store")),
         Verdict::WrongRootKey => {
