@@ -25,7 +25,7 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig, ffi
 use super::seal::FORMAT;
 use crate::{
     error::{Error, ErrorKind},
-    os::PerProcess,
+    os::{ForkGate, PerProcess},
 };
 
 /// `PRAGMA application_id` of our files: "kMIL".
@@ -149,25 +149,33 @@ fn sqlite() -> crate::os::Current<Sqlite> {
     })
 }
 
+/// Refuses to go on in a process whose SQLite was inherited in use: its locks, its table of open files and its mutexes
+/// belong to the parent, and so may the fork gate. So this comes before the gate.
+///
+/// # Errors
+/// `StoreUnavailable`.
+pub(super) fn check_own(path: &Path) -> Result<(), Error> {
+    if !sqlite().inherited.load(Ordering::SeqCst) {
+        return Ok(());
+    }
+    let detail = format!(
+        "This process was cloned without the handlers of fork() while a store was open, so it cannot use stores. Use \
+         fork(), or close every store before the clone. ({})",
+        path.display()
+    );
+    Err(Error::new(ErrorKind::StoreUnavailable, detail))
+}
+
 /// Counts a use of SQLite, so that a clone made meanwhile knows that its copy of SQLite is good for nothing.
 pub(super) struct Use(crate::os::Current<Sqlite>);
 
 impl Use {
-    /// # Errors
-    /// `StoreUnavailable` in a process whose SQLite was inherited in use: its locks, its table of open files and its
-    /// mutexes belong to the parent.
-    pub(super) fn begin(path: &Path) -> Result<Self, Error> {
+    /// Begins under the gate: a call that waits there is not inside SQLite, and a child that `fork` makes meanwhile
+    /// must not be told that it was.
+    pub(super) fn begin(_gate: &ForkGate) -> Self {
         let sqlite = sqlite();
-        if sqlite.inherited.load(Ordering::SeqCst) {
-            let detail = format!(
-                "This process was cloned without the handlers of fork() while a store was open, so it cannot \
-                 use stores. Use fork(), or close every store before the clone. ({})",
-                path.display()
-            );
-            return Err(Error::new(ErrorKind::StoreUnavailable, detail));
-        }
         sqlite.uses.fetch_add(1, Ordering::SeqCst);
-        Ok(Self(sqlite))
+        Self(sqlite)
     }
 }
 
@@ -187,9 +195,9 @@ impl Open {
     /// Opens the file, which has to exist, for reading and writing. Nothing is read or written yet.
     ///
     /// `path` has to be absolute: SQLite would read one that begins with `file:` as a URI.
-    pub(super) fn file(path: &Path) -> Outcome<Self> {
+    pub(super) fn file(path: &Path, gate: &ForkGate) -> Outcome<Self> {
         assert!(path.is_absolute());
-        let in_use = Use::begin(path)?;
+        let in_use = Use::begin(gate);
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let sqlite = Connection::open_with_flags(path, flags)?;
         sqlite.busy_timeout(BUSY_TIMEOUT)?;

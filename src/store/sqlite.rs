@@ -11,7 +11,7 @@
 //! 2. before a fork every store closes its connection ([`Quiesce`]); parent and child open their own at the next use,
 //!    and check that it is still the same store;
 //! 3. a child that was made without fork handlers (raw `clone`) abandons the inherited connection without touching
-//!    its lock, and refuses to use SQLite at all if any was in use (`schema::Use`).
+//!    its lock, and refuses to use SQLite at all if any was in use (`schema::check_own`).
 //!
 //! Other users of SQLite in the process are theirs to keep still.
 
@@ -31,14 +31,14 @@ use super::{
     place::{COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
     rows::{self, Meta, StoredMeta, Verdict},
-    schema::{Failure, Open, Outcome, Use, corrupt},
+    schema::{Failure, Open, Outcome, Use, check_own, corrupt},
     seal::{StoreId, StoreKeys},
 };
 use crate::{
     cpu::Tier,
     error::{Error, ErrorKind, Result},
     keys::{Alias, KeyId, KeyRecord, KeyVersionId, Origin, StoredKey, alias::AliasChange},
-    os::{self, PerProcess, Quiesce},
+    os::{self, ForkGate, PerProcess, Quiesce},
     rng::Rng,
 };
 
@@ -80,9 +80,9 @@ impl SqliteStore {
         let place = |error: io::Error| not_placed(&path, &error);
         let draft = Draft::new(&path).map_err(place)?;
         {
-            let _use = Use::begin(&path)?;
-            let _gate = os::fork_gate();
-            write_new(draft.path(), &keys, rng).map_err(|failure| failure.explain(&path))?;
+            check_own(&path)?;
+            let gate = os::fork_gate();
+            write_new(draft.path(), &keys, rng, &gate).map_err(|failure| failure.explain(&path))?;
         }
         draft.publish().map_err(place)?;
         Self::open(&path, root)
@@ -97,28 +97,24 @@ impl SqliteStore {
         let path = absolute(path)?;
         check_file(&path)?;
         let tier = Tier::detect()?;
-        let store = {
-            let in_use = Use::begin(&path)?;
-            let _gate = os::fork_gate();
-            let (mut open, keys, meta) =
-                open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?;
-            let inner = Inner {
-                path,
-                keys,
-                rng: Rng::Os(tier),
-                connection: PerProcess::empty(),
-                erasure_owed: AtomicBool::new(meta.erased != meta.deleted),
-            };
-            // After a crash between a deletion and its erasure.
-            inner.erase(&mut open);
-            inner.connection.get_or(|_| Mutex::new(Some(open)));
-            drop(in_use);
-            Self(Arc::new(inner))
+        check_own(&path)?;
+        let gate = os::fork_gate();
+        let (mut open, keys, meta) =
+            open_first(&path, root, tier, &gate).map_err(|failure| failure.explain(&path))?;
+        let inner = Inner {
+            path,
+            keys,
+            rng: Rng::Os(tier),
+            connection: PerProcess::empty(),
+            erasure_owed: AtomicBool::new(meta.erased != meta.deleted),
         };
-        // Takes the gate itself, so not under ours.
-        let inner: Weak<Inner> = Arc::downgrade(&store.0);
-        os::quiesce_before_fork(inner);
-        Ok(store)
+        // After a crash between a deletion and its erasure.
+        inner.erase(&mut open);
+        inner.connection.get_or(|_| Mutex::new(Some(open)));
+        let inner = Arc::new(inner);
+        let weak: Weak<Inner> = Arc::downgrade(&inner);
+        os::quiesce_before_fork(weak, &gate);
+        Ok(Self(inner))
     }
 
     /// Runs a read transaction: everything in it is of one moment.
@@ -160,15 +156,16 @@ impl Inner {
     /// Runs `work` with the connection, opening it if there is none.
     fn with<T>(&self, work: impl FnOnce(&Self, &mut Open) -> Outcome<T>) -> Result<T> {
         // Refuses before the gate and the mutex, which in a raw clone may be held by threads that do not exist.
-        let _use = Use::begin(&self.path)?;
-        let _gate = os::fork_gate();
+        check_own(&self.path)?;
+        let gate = os::fork_gate();
+        let _use = Use::begin(&gate);
         let connection = self.connection.get_or(|_| Mutex::new(None));
         let mut slot = lock(&connection);
         let explain = |failure: Failure| failure.explain(&self.path);
         // Taken out, so that a panic in `work` closes the connection instead of leaving its transaction open.
         let mut open = match slot.take() {
             Some(open) => open,
-            None => self.reopen().map_err(explain)?,
+            None => self.reopen(&gate).map_err(explain)?,
         };
         let outcome = work(self, &mut open);
         // A transaction that could not even be rolled back goes with its connection.
@@ -179,9 +176,9 @@ impl Inner {
     }
 
     /// Opens the file again after a fork, and checks that it is this store still.
-    fn reopen(&self) -> Outcome<Open> {
+    fn reopen(&self, gate: &ForkGate) -> Outcome<Open> {
         check_file(&self.path)?;
-        let open = Open::file(&self.path)?;
+        let open = Open::file(&self.path, gate)?;
         open.check_format(&self.path)?;
         if StoredMeta::read(&open.sqlite)?.id != self.keys.id {
             let detail = format!("{} is another store than before.", self.path.display());
@@ -387,8 +384,13 @@ fn save(
 }
 
 /// Opens a store of unknown id: reads, checks, and writes nothing.
-fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(Open, StoreKeys, Meta)> {
-    let open = Open::file(path)?;
+fn open_first(
+    path: &Path,
+    root: &RootKey,
+    tier: Tier,
+    gate: &ForkGate,
+) -> Outcome<(Open, StoreKeys, Meta)> {
+    let open = Open::file(path, gate)?;
     open.check_format(path)?;
     let stored = StoredMeta::read(&open.sqlite)?;
     let keys = StoreKeys::derive(root, stored.id, tier);
@@ -402,8 +404,8 @@ fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(Open, StoreKe
     }
 }
 
-fn write_new(path: &Path, keys: &StoreKeys, rng: &Rng) -> Outcome<()> {
-    let mut open = Open::file(path)?;
+fn write_new(path: &Path, keys: &StoreKeys, rng: &Rng, gate: &ForkGate) -> Outcome<()> {
+    let mut open = Open::file(path, gate)?;
     open.make_tables(|sqlite| Meta::default().insert(sqlite, keys, rng))?;
     open.close_cleanly();
     Ok(())
