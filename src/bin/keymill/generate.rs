@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use base64_simd::STANDARD;
+use clap::ArgGroup;
 use keymill::{DataKeyBatch, Engine, GenerateDataKeyRequest};
 
 use crate::{
@@ -17,10 +18,10 @@ use crate::{
 };
 
 #[derive(clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, group(ArgGroup::new("what").args(["key", "requests"]).required(true)))]
 pub(crate) struct Args {
     /// The key to wrap under: an id or an alias
-    #[arg(long, value_name = "KEY", required_unless_present = "requests")]
+    #[arg(long, value_name = "KEY")]
     key: Option<String>,
 
     /// How many data keys; 0 makes none
@@ -28,7 +29,9 @@ pub(crate) struct Args {
     count: u64,
 
     /// Bytes of each data key, 1 to 1024
-    #[arg(long, value_name = "N", default_value_t = 32, allow_negative_numbers = true)]
+    // The range is the engine's to judge.
+    #[arg(long, value_name = "N", default_value_t = 32, allow_negative_numbers = true,
+          value_parser = number_of_bytes)]
     bytes: u32,
 
     /// Additional authenticated data: this text's UTF-8 bytes; decryption needs the same
@@ -40,7 +43,7 @@ pub(crate) struct Args {
     create: bool,
 
     /// Read requests from a file of JSON Lines; `-` is standard input
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["key", "count", "bytes", "aad", "create"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["count", "bytes", "aad", "create"])]
     requests: Option<PathBuf>,
 
     /// Wrap under the newest key version, into blobs that describe themselves
@@ -71,6 +74,11 @@ Its result is one line in the same place, its byte fields in base64:
 
 A refused line gets {"Error":{"Code":"...","Message":"..."},"RequestId":"..."} in its place; the
 others are made all the same, and the exit code is 1."#;
+
+fn number_of_bytes(text: &str) -> std::result::Result<u32, String> {
+    text.parse()
+        .map_err(|_| "InvalidParameter: NumberOfBytes is an integer from 1 to 1024".to_owned())
+}
 
 /// One of the four operations.
 #[derive(Clone, Copy)]

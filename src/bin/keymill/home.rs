@@ -4,7 +4,6 @@
 
 use std::{
     env,
-    ffi::OsString,
     fs::{DirBuilder, File},
     io,
     path::{Path, PathBuf},
@@ -20,11 +19,12 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    /// The directory asked for, or `keymill` in the XDG data directory.
-    pub(crate) fn resolve(asked: Option<OsString>) -> Result<Self> {
+    /// The directory asked for, or that of `KEYMILL_HOME`, or `keymill` in the XDG data directory.
+    pub(crate) fn resolve(asked: Option<PathBuf>) -> Result<Self> {
+        // A variable that is empty counts as unset, as in a shell.
         let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty());
-        if let Some(dir) = asked.filter(|dir| !dir.is_empty()) {
-            return Ok(Self { dir: dir.into() });
+        if let Some(dir) = asked.or_else(|| set("KEYMILL_HOME").map(PathBuf::from)) {
+            return Ok(Self { dir });
         }
         // The XDG specification: a relative path is to be ignored.
         let data = set("XDG_DATA_HOME")

@@ -24,7 +24,7 @@ mod rows;
 mod stream;
 mod warnings;
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand, error::ErrorKind};
 
@@ -42,10 +42,11 @@ use home::Home;
     disable_help_subcommand = true
 )]
 struct Cli {
-    /// Directory of the key store: keys.db and root.key [default: keymill in the XDG data directory]
-    // An OsString and not a PathBuf, since clap refuses an empty path, and an empty variable means an unset one.
-    #[arg(long, global = true, env = "KEYMILL_HOME", value_name = "DIR", hide_env_values = true)]
-    home: Option<OsString>,
+    /// Directory of keys.db and root.key [default: $KEYMILL_HOME, or else keymill in the XDG data
+    /// directory]
+    // The variable is read in `home`: clap would put it into usage lines as if it had been given.
+    #[arg(long, global = true, value_name = "DIR")]
+    home: Option<PathBuf>,
 
     #[command(subcommand)]
     command: Command,

@@ -66,7 +66,8 @@ impl Output {
             .prefix(".keymill-")
             .suffix(".part")
             .tempfile_in(directory_of(&path))
-            .map_err(fail)?;
+            // Without the name of the temporary file, which says nothing to a reader.
+            .map_err(|error| fail(error.kind().into()))?;
         interrupt::watch(unfinished.path());
         Ok(Self::File { unfinished, path })
     }
