@@ -62,6 +62,16 @@ impl KeyVersionId {
             .then_some(Self(bytes))
     }
 
+    /// Reads a version id from its place in a blob. `None` if the bytes have not the form of one.
+    pub(crate) fn from_bytes(bytes: &[u8; KEY_VERSION_ID_LEN]) -> Option<Self> {
+        Self::parse(std::str::from_utf8(bytes).ok()?)
+    }
+
+    /// The id as it stands in a blob.
+    pub(crate) fn as_bytes(&self) -> &[u8; KEY_VERSION_ID_LEN] {
+        &self.0
+    }
+
     /// The id of the key that this is a version of.
     pub fn key_id(&self) -> KeyId {
         KeyId(self.0[..KEY_ID_LEN].try_into().expect("a version id begins with a key id"))
@@ -123,6 +133,7 @@ mod tests {
             let version = KeyVersionId::generate(&key, &rng).unwrap();
             assert_eq!(KeyId::parse(key.as_str()), Some(key));
             assert_eq!(KeyVersionId::parse(version.as_str()), Some(version));
+            assert_eq!(KeyVersionId::from_bytes(version.as_bytes()), Some(version));
             assert_eq!(version.key_id(), key);
         }
     }
@@ -145,5 +156,6 @@ mod tests {
         ] {
             assert_eq!(KeyVersionId::parse(text), None, "{text}");
         }
+        assert_eq!(KeyVersionId::from_bytes(&[0xff; KEY_VERSION_ID_LEN]), None);
     }
 }

@@ -5,12 +5,20 @@
 //! pasts, and never are granted the same wraps.
 
 mod memory;
+mod place;
+mod root_key;
+mod rows;
+mod schema;
+mod seal;
+mod sqlite;
 
 use crate::{
     error::{Error, ErrorKind, Result},
     keys::{Alias, KeyId, KeyRecord, KeyVersionId, StoredKey, VersionRecord, alias::AliasChange},
 };
 pub(crate) use memory::MemoryStore;
+pub use root_key::RootKey;
+pub(crate) use sqlite::SqliteStore;
 
 /// A consistent image of the whole store.
 pub(crate) struct StoreImage {

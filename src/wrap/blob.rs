@@ -9,14 +9,12 @@
 //!
 //! `GenerateDataKey` returns raw blobs with the IV beside them, `AdvanceGenerateDataKey` self-describing ones. The head
 //! is the KMS's: `$`, cipher version and padding mode, algorithm 2 = AES_GCM. The scheme is the key version's.
+//! What the bytes of a KeyVersionId mean is left to the caller: `keys` uses this room, not the other way round.
 
 use std::ops::Range;
 
 use super::Scheme;
-use crate::{
-    keys::id::KeyVersionId,
-    limits::{BLOB_HEAD_LEN, BLOB_MAGIC_LEN, IV_LEN, KEY_VERSION_ID_LEN, SALT_LEN, TAG_LEN},
-};
+use crate::limits::{BLOB_HEAD_LEN, BLOB_MAGIC_LEN, IV_LEN, KEY_VERSION_ID_LEN, SALT_LEN, TAG_LEN};
 
 /// The head of a self-describing blob of AES-GCM.
 pub(crate) const MAGIC: [u8; BLOB_MAGIC_LEN] = [0x24, 0x00, 0x02];
@@ -66,13 +64,13 @@ impl Layout {
     pub(crate) fn write_head(
         self,
         blob: &mut [u8],
-        version: &KeyVersionId,
+        version: &[u8; KEY_VERSION_ID_LEN],
         iv: &[u8; IV_LEN],
         salt: &[u8; SALT_LEN],
     ) {
         if self.form == Form::SelfDescribing {
             blob[..BLOB_MAGIC_LEN].copy_from_slice(&MAGIC);
-            blob[VERSION_AT].copy_from_slice(version.as_str().as_bytes());
+            blob[VERSION_AT].copy_from_slice(version);
             blob[IV_AT].copy_from_slice(iv);
         }
         if self.scheme == Scheme::Derived {
@@ -84,14 +82,20 @@ impl Layout {
 const VERSION_AT: Range<usize> = BLOB_MAGIC_LEN..BLOB_MAGIC_LEN + KEY_VERSION_ID_LEN;
 const IV_AT: Range<usize> = VERSION_AT.end..VERSION_AT.end + IV_LEN;
 
-/// The version id and IV in front of a blob, if it begins as a self-describing one. Whether the id names a version
-/// that exists, and so whether the blob is self-describing at all, is for the caller to look up.
-pub(crate) fn head(blob: &[u8]) -> Option<(KeyVersionId, [u8; IV_LEN])> {
+/// The 36 bytes at the place of the version id, and the IV, if `blob` begins as a self-describing one. Whether the
+/// bytes are an id and name a version that exists, and so whether the blob is self-describing at all, is for the caller
+/// to look up.
+pub(crate) fn head(blob: &[u8]) -> Option<([u8; KEY_VERSION_ID_LEN], [u8; IV_LEN])> {
     if blob.len() < BLOB_HEAD_LEN || blob[..BLOB_MAGIC_LEN] != MAGIC {
         return None;
     }
-    let version = std::str::from_utf8(&blob[VERSION_AT]).ok().and_then(KeyVersionId::parse)?;
+    let version = blob[VERSION_AT].try_into().expect("KEY_VERSION_ID_LEN");
     Some((version, blob[IV_AT].try_into().expect("IV_LEN")))
+}
+
+/// Whether a blob begins as a self-describing one, cut or not.
+pub(crate) fn claims_head(blob: &[u8]) -> bool {
+    blob.starts_with(&MAGIC) || MAGIC.starts_with(blob)
 }
 
 /// A blob cut into its parts.
@@ -125,9 +129,7 @@ pub(crate) fn cut(blob: &[u8], form: Form, scheme: Scheme) -> Option<Parts<'_>> 
 mod tests {
     use super::*;
 
-    fn version() -> KeyVersionId {
-        KeyVersionId::parse("key-hzz62f1cb66fa42qopd9s-17kedvabcd").unwrap()
-    }
+    const VERSION: &[u8; KEY_VERSION_ID_LEN] = b"key-hzz62f1cb66fa42qopd9s-17kedvabcd";
 
     #[test]
     fn lengths_are_those_of_the_table() {
@@ -144,19 +146,36 @@ mod tests {
             for scheme in [Scheme::Direct, Scheme::Derived] {
                 let layout = Layout { form, scheme, dek_len: 5 };
                 let mut blob = vec![0xee; layout.len()];
-                layout.write_head(&mut blob, &version(), &[1; 12], &[2; 12]);
+                layout.write_head(&mut blob, VERSION, &[1; 12], &[2; 12]);
                 let parts = cut(&blob, form, scheme).unwrap();
                 assert_eq!(parts.sealed, [0xee; 21]);
                 assert_eq!(parts.dek_len(), 5);
                 assert_eq!(parts.salt, if scheme == Scheme::Derived { [2; 12] } else { [0; 12] });
                 assert_eq!(
                     head(&blob),
-                    (form == Form::SelfDescribing).then(|| (version(), [1; 12]))
+                    (form == Form::SelfDescribing).then_some((*VERSION, [1; 12]))
                 );
                 for short in 0..=layout.len() - 5 {
                     assert!(cut(&blob[..short], form, scheme).is_none(), "{short}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn only_the_magic_and_the_length_make_a_head() {
+        let layout = Layout { form: Form::SelfDescribing, scheme: Scheme::Direct, dek_len: 1 };
+        let mut blob = vec![0; layout.len()];
+        layout.write_head(&mut blob, &[0xff; KEY_VERSION_ID_LEN], &[1; 12], &[0; 12]);
+        // Not an id, not even text: for the caller to say.
+        assert_eq!(head(&blob), Some(([0xff; KEY_VERSION_ID_LEN], [1; 12])));
+        for len in 0..BLOB_HEAD_LEN {
+            assert_eq!(head(&blob[..len]), None, "{len}");
+        }
+        for bit in 0..8 * BLOB_MAGIC_LEN {
+            let mut other = blob.clone();
+            other[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(head(&other), None, "{bit}");
         }
     }
 }

@@ -35,8 +35,18 @@ impl XaesKey {
         Self { tier, block, k1: Zeroizing::new(k1.to_be_bytes()) }
     }
 
-    /// The AES-256-GCM key of `salt`.
+    /// The tier whose kernels derive and seal.
+    pub(crate) fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// The AES-256-GCM key of `salt`, set up.
     pub(crate) fn derive(&self, salt: &[u8; SALT_LEN]) -> GcmKey {
+        GcmKey::new(self.tier, &*self.derive_material(salt))
+    }
+
+    /// The AES-256-GCM key of `salt`, raw.
+    pub(crate) fn derive_material(&self, salt: &[u8; SALT_LEN]) -> Zeroizing<[u8; 32]> {
         let mut halves = Zeroizing::new([[0; 16]; 2]);
         for (half, number) in halves.iter_mut().zip(1..) {
             half[..4].copy_from_slice(&[0, number, b'X', 0]);
@@ -46,7 +56,7 @@ impl XaesKey {
             }
         }
         self.block.encrypt_blocks(&mut *halves);
-        GcmKey::new(self.tier, halves.as_flattened())
+        Zeroizing::new(halves.as_flattened().try_into().expect("two blocks"))
     }
 
     /// Seals one message into `out` (ciphertext and tag) under the 24-byte nonce salt ‖ IV. For few messages, such as

@@ -7,9 +7,14 @@ use std::{
     fs::{DirBuilder, File},
     io,
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::SystemTime,
 };
 
-use keymill::{Alias, CreateKey, Engine, ErrorKind, RootKey};
+use keymill::{Alias, CreateKey, Engine, EngineBuilder, ErrorKind, RootKey};
 
 use crate::failure::{Failure, Result, say};
 
@@ -54,6 +59,22 @@ impl Home {
 
     /// Opens the engine on a home that exists.
     pub(crate) fn open(&self) -> Result<Engine> {
+        self.open_with(Engine::builder())
+    }
+
+    /// Opens an engine that leaves due work to its caller: opening carries it out otherwise, and a later report has
+    /// nothing to tell. Until it is open, its clock stands at a time when nothing is due.
+    pub(crate) fn open_before_due_work(&self) -> Result<Engine> {
+        let open = Arc::new(AtomicBool::new(false));
+        let clock = Arc::clone(&open);
+        let engine = self.open_with(Engine::builder().clock(move || {
+            if clock.load(Ordering::Relaxed) { SystemTime::now() } else { SystemTime::UNIX_EPOCH }
+        }))?;
+        open.store(true, Ordering::Relaxed);
+        Ok(engine)
+    }
+
+    fn open_with(&self, builder: EngineBuilder) -> Result<Engine> {
         let store = self.store();
         if !exists(&store)? {
             return Err(Failure::broke(
@@ -65,8 +86,7 @@ impl Home {
         if !exists(&self.root_key())? {
             return Err(self.root_key_missing());
         }
-        let root_key = RootKey::from_file(&self.root_key())?;
-        Ok(Engine::open(&store, &root_key)?)
+        Ok(builder.open(&store, &self.read_root_key()?)?)
     }
 
     /// Makes an empty home.
@@ -140,6 +160,17 @@ impl Home {
             // A file system without locks: creating the files is exclusive all the same.
             _ => Ok(dir),
         }
+    }
+
+    /// A root key that cannot be used is a fault of the home, not of the request.
+    fn read_root_key(&self) -> Result<RootKey> {
+        RootKey::from_file(self.root_key()).map_err(|error| {
+            Failure::broke(
+                error.to_string(),
+                "root.key is 32 bytes that its owner alone may access; restore it from its backup, \
+                 or set its mode to 0600",
+            )
+        })
     }
 
     fn root_key_missing(&self) -> Failure {

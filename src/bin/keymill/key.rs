@@ -161,7 +161,7 @@ pub(crate) fn run(home: &Home, command: Command) -> Result<()> {
             let period = every.as_deref().map(RotationPeriod::parse).transpose()?;
             change(home, key, |engine, key| engine.set_rotation(key, period))
         }
-        Command::RunDue(Json { json }) => run_due(&home.open()?.run_due()?, json),
+        Command::RunDue(Json { json }) => run_due(&home.open_before_due_work()?.run_due()?, json),
     }
 }
 

@@ -1,0 +1,121 @@
+//! Settings of an engine, and the ways to open one.
+
+use std::{path::Path, sync::Arc, time::SystemTime};
+
+#[cfg(any(feature = "deterministic", fuzzing, test))]
+use super::Rng as SeededRng;
+use super::{Config, Engine};
+use crate::{
+    cpu::Tier,
+    error::{Error, Result},
+    limits::{LEASE_MAX, WRAPS_PER_VERSION_MAX},
+    rng::Rng,
+    store::{KeyStore, MemoryStore, RootKey, SqliteStore},
+};
+
+/// Settings of an engine: thread pool, clock, and the sizes that tests inject.
+#[must_use]
+pub struct EngineBuilder {
+    clock: Box<dyn Fn() -> SystemTime + Send + Sync>,
+    pool: Option<Arc<rayon::ThreadPool>>,
+    lease_max: u64,
+    initial_spent: u64,
+}
+
+impl Default for EngineBuilder {
+    fn default() -> Self {
+        Self {
+            clock: Box::new(SystemTime::now),
+            pool: None,
+            lease_max: LEASE_MAX,
+            initial_spent: 0,
+        }
+    }
+}
+
+impl std::fmt::Debug for EngineBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EngineBuilder")
+            .field("lease_max", &self.lease_max)
+            .field("initial_spent", &self.initial_spent)
+            .finish_non_exhaustive()
+    }
+}
+
+impl EngineBuilder {
+    /// Runs large batches on this pool instead of rayon's global one.
+    pub fn thread_pool(mut self, pool: Arc<rayon::ThreadPool>) -> Self {
+        self.pool = Some(pool);
+        self
+    }
+
+    /// The clock by which keys are dated, rotated and deleted. The wall clock unless set.
+    pub fn clock(mut self, clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
+        self.clock = Box::new(clock);
+        self
+    }
+
+    /// Most wraps that a lease of a `Direct` version takes from the store beyond what a call needs: at most 2^20, which
+    /// is the default. A crash wastes what is leased; 0 asks the store in every call.
+    pub fn lease_max(mut self, wraps: u64) -> Self {
+        self.lease_max = wraps.min(LEASE_MAX);
+        self
+    }
+
+    /// The wraps that new `Direct` versions count as spent from the start: 0 unless set. For tests of the bound.
+    pub fn initial_spent(mut self, wraps: u64) -> Self {
+        self.initial_spent = wraps.min(WRAPS_PER_VERSION_MAX);
+        self
+    }
+
+    /// As [`Engine::open`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open(self, store: impl AsRef<Path>, root_key: &RootKey) -> Result<Engine> {
+        let tier = Tier::detect()?;
+        let store = SqliteStore::open(store.as_ref(), root_key)?;
+        self.start(Box::new(store), Rng::Os(tier), tier)
+    }
+
+    /// As [`Engine::create`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn create(self, store: impl AsRef<Path>, root_key: &RootKey) -> Result<Engine> {
+        let tier = Tier::detect()?;
+        let rng = Rng::Os(tier);
+        let store = SqliteStore::create(store.as_ref(), root_key, &rng)?;
+        self.start(Box::new(store), rng, tier)
+    }
+
+    /// As [`Engine::in_memory`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn in_memory(self) -> Result<Engine> {
+        let tier = Tier::detect()?;
+        self.start(Box::new(MemoryStore::new()), Rng::Os(tier), tier)
+    }
+
+    /// As [`Engine::deterministic`], with these settings.
+    ///
+    /// # Errors
+    /// As there.
+    #[cfg(any(feature = "deterministic", fuzzing, test))]
+    pub fn deterministic(self, seed: [u8; 32]) -> Result<Engine> {
+        let tier = Tier::detect()?;
+        self.start(Box::new(MemoryStore::new()), SeededRng::seeded(tier, seed), tier)
+    }
+
+    fn start(self, store: Box<dyn KeyStore>, rng: Rng, tier: Tier) -> Result<Engine> {
+        let Self { clock, pool, lease_max, initial_spent } = self;
+        if pool.as_ref().is_some_and(|pool| pool.current_num_threads() == 0) {
+            return Err(Error::invalid("The thread pool has no threads."));
+        }
+        // Background work happens at its own times, which a deterministic engine must not depend on.
+        let background = !rng.is_deterministic();
+        let config = Config { clock, pool, lease_max, initial_spent, background };
+        Engine::start(store, rng, tier, config)
+    }
+}

@@ -1,0 +1,260 @@
+//! `Engine`: the operations, and what holds them together. The only room that knows every stage.
+//!
+//! `mod.rs` opens engines and keeps the ring fresh; `generate` and `decrypt` are the operations on data keys, `admin`
+//! those on KEKs and aliases, `wraps` the leases of `Direct` versions, `background` the watcher and due work.
+//!
+//! # Forks
+//! Whatever belongs to one process lies in [`Process`], made anew by a child on first use. Every operation on data
+//! keys compares the process generation before it returns with that on entry and starts over if they differ.
+
+mod admin;
+mod background;
+mod builder;
+mod decrypt;
+mod generate;
+mod wraps;
+
+use std::{
+    path::Path,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::SystemTime,
+};
+
+use arc_swap::ArcSwap;
+
+pub use background::DueReport;
+pub use builder::EngineBuilder;
+
+use crate::{
+    batch::run::FanOut,
+    cpu::Tier,
+    error::Result,
+    keys::{UnixSeconds, ring::Ring},
+    os::{self, Current, Generation, PerProcess},
+    request_id::RequestId,
+    rng::Rng,
+    store::{KeyStore, RootKey},
+};
+use background::Watcher;
+
+/// A data-key engine on one key store: `Send`, `Sync`, and cheap to clone; clones are the same engine.
+///
+/// Dropping the last clone ends the background thread and returns unused leases to the store. An engine goes on to
+/// work in a forked child, whose keys and IVs have nothing in common with its parent's.
+///
+/// ```
+/// use keymill::{CreateKey, DecryptRequest, Engine, GenerateDataKeyRequest};
+///
+/// let engine = Engine::in_memory()?;
+/// engine.create_key(&CreateKey { alias: Some("alias/app".into()), ..CreateKey::default() })?;
+///
+/// let key = engine.generate_data_key(&GenerateDataKeyRequest::new("alias/app", 32).aad(b"/a.jpg"))?;
+/// let request = DecryptRequest::new(key.ciphertext_blob())
+///     .key_id("alias/app")
+///     .iv(key.iv())
+///     .aad(b"/a.jpg");
+/// assert_eq!(engine.decrypt(&request)?.plaintext(), key.plaintext().expect("asked for"));
+/// # Ok::<(), keymill::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Engine(Arc<Handle>);
+
+/// What all clones of an engine hold; its drop ends the engine.
+struct Handle {
+    shared: Arc<Shared>,
+}
+
+/// What the engine and its background thread share.
+struct Shared {
+    store: Box<dyn KeyStore>,
+    ring: ArcSwap<Ring>,
+    rng: Rng,
+    tier: Tier,
+    config: Config,
+    home: Generation,
+    process: PerProcess<Process>,
+    initial_version_uses: AtomicU64,
+}
+
+/// What a builder sets.
+struct Config {
+    clock: Box<dyn Fn() -> SystemTime + Send + Sync>,
+    pool: Option<Arc<rayon::ThreadPool>>,
+    lease_max: u64,
+    initial_spent: u64,
+    background: bool,
+}
+
+/// What belongs to one process.
+struct Process {
+    /// Held while the ring is read anew, so that an older image never replaces a newer one.
+    refresh: Mutex<()>,
+    /// Set on the first operation; `None` inside once the engine ends, or where no thread could be started.
+    watcher: OnceLock<Mutex<Option<Watcher>>>,
+}
+
+impl Engine {
+    /// Opens the store in the file at `store`. It has to exist.
+    ///
+    /// # Errors
+    /// `StoreMissing`, `WrongRootKey`, `StoreCorrupt`, `StoreUnavailable`: see [`ErrorKind`](crate::ErrorKind).
+    pub fn open(store: impl AsRef<Path>, root_key: &RootKey) -> Result<Self> {
+        Self::builder().open(store, root_key)
+    }
+
+    /// Creates a store in a new file at `store`.
+    ///
+    /// # Errors
+    /// `StoreUnavailable` if the file exists or cannot be written.
+    pub fn create(store: impl AsRef<Path>, root_key: &RootKey) -> Result<Self> {
+        Self::builder().create(store, root_key)
+    }
+
+    /// An engine whose keys live in memory and die with it: for tests and benchmarks.
+    ///
+    /// # Errors
+    /// `Machine` if the system gives no random bytes.
+    pub fn in_memory() -> Result<Self> {
+        Self::builder().in_memory()
+    }
+
+    /// An engine in memory whose every byte, KEKs and ids included, follows from `seed` and the calls made: for tests
+    /// and fuzzing. The same seed and the same calls give the same bytes for any number of threads and any tier. Its
+    /// clock stands at 1970 unless the builder sets one.
+    ///
+    /// # Errors
+    /// `InvalidParameter` if `KEYMILL_TIER` holds no tier's name.
+    #[cfg(any(feature = "deterministic", fuzzing, test))]
+    pub fn deterministic(seed: [u8; 32]) -> Result<Self> {
+        Self::builder().clock(|| SystemTime::UNIX_EPOCH).deterministic(seed)
+    }
+
+    /// Settings beyond the defaults.
+    pub fn builder() -> EngineBuilder {
+        EngineBuilder::default()
+    }
+
+    /// The tier of the kernels in use.
+    pub fn tier(&self) -> Tier {
+        self.shared().tier
+    }
+
+    /// What and where the key store is, in words.
+    pub fn describe_store(&self) -> String {
+        self.shared().store.describe()
+    }
+
+    /// How many data keys were wrapped under the initial version of a key that rotates by itself. Such use defeats the
+    /// rotation: the `advance_` operations follow it. The first use of each key is logged as a warning.
+    pub fn initial_version_uses(&self) -> u64 {
+        self.shared().initial_version_uses.load(Ordering::Relaxed)
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.0.shared
+    }
+
+    /// Reads the store and sets the engine up.
+    fn start(store: Box<dyn KeyStore>, rng: Rng, tier: Tier, config: Config) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            store,
+            ring: ArcSwap::from_pointee(Ring::default()),
+            rng,
+            tier,
+            config,
+            home: os::generation(),
+            process: PerProcess::empty(),
+            initial_version_uses: AtomicU64::new(0),
+        });
+        shared.refresh()?;
+        shared.run_due_quietly();
+        let engine = Self(Arc::new(Handle { shared }));
+        engine.process();
+        Ok(engine)
+    }
+
+    /// This process's part, with its background thread running.
+    fn process(&self) -> Current<Process> {
+        let process = self.shared().process();
+        if self.shared().config.background {
+            process.watcher.get_or_init(|| Mutex::new(Watcher::start(self.shared())));
+        }
+        process
+    }
+}
+
+impl Shared {
+    fn process(&self) -> Current<Process> {
+        self.process.get_or(|_| Process { refresh: Mutex::new(()), watcher: OnceLock::new() })
+    }
+
+    fn now(&self) -> UnixSeconds {
+        let now = (self.config.clock)();
+        now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    }
+
+    /// Reads the store and replaces the ring.
+    fn refresh(&self) -> Result<()> {
+        let process = self.process();
+        let _alone = process.refresh.lock().unwrap_or_else(PoisonError::into_inner);
+        let image = self.store.load()?;
+        let ring = Ring::build(image.changes, &image.keys, &self.ring.load(), self.tier)?;
+        self.ring.store(Arc::new(ring));
+        Ok(())
+    }
+
+    /// Replaces the ring if the store has changed since it was read.
+    fn refresh_if_changed(&self) -> Result<()> {
+        if self.store.changes()? == self.ring.load().changes { Ok(()) } else { self.refresh() }
+    }
+
+    /// A child has no workers of its parent's pools, so it works on the caller's thread.
+    fn fan_out(&self) -> FanOut<'_> {
+        match &self.config.pool {
+            _ if os::generation() != self.home => FanOut::Caller,
+            Some(pool) => FanOut::Own(pool),
+            None => FanOut::Global,
+        }
+    }
+
+    fn new_request_id(&self) -> Result<RequestId> {
+        let mut bytes = [0; 16];
+        self.rng.fill(&mut bytes)?;
+        Ok(RequestId::from_random(bytes))
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // A child that never used the engine has nothing to end; what it inherited is abandoned.
+        if let Some(process) = self.shared.process.get() {
+            let watcher = process
+                .watcher
+                .get()
+                .and_then(|watcher| watcher.lock().unwrap_or_else(PoisonError::into_inner).take());
+            if let Some(watcher) = watcher {
+                watcher.stop();
+            }
+            self.shared.return_leases();
+        }
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("store", &self.describe_store())
+            .field("tier", &self.tier())
+            .field("keys", &self.shared().ring.load().keys().count())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+const _: fn() = || {
+    fn shared_between_threads<T: Send + Sync + Clone>() {}
+    shared_between_threads::<Engine>();
+};

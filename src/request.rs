@@ -1,0 +1,243 @@
+//! The request types. They borrow what the caller has, and are validated once, when an operation begins.
+
+use crate::{
+    error::{Error, Result},
+    keys::{KeySpec, RotationPeriod},
+    limits::{AAD_LEN_MAX, DESCRIPTION_LEN_MAX, IV_LEN, NUMBER_OF_BYTES_MAX, NUMBER_OF_BYTES_MIN},
+    wrap::Scheme,
+};
+
+/// The only algorithm, as requests and results name it.
+pub(crate) const ALGORITHM: &str = "AES_GCM";
+
+/// One data key to generate. All four generating operations take it.
+///
+/// ```
+/// use keymill::GenerateDataKeyRequest;
+/// let request = GenerateDataKeyRequest::new("alias/app", 32).aad(b"/photos/1.jpg");
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GenerateDataKeyRequest<'a> {
+    /// The key that wraps: an id or an `alias/...`.
+    pub key_id: &'a str,
+    /// Length of the data key: 1 to 1024 bytes.
+    pub number_of_bytes: u32,
+    /// Additional authenticated data, at most 8192 bytes. Public; whoever decrypts has to bring the same bytes.
+    pub aad: &'a [u8],
+}
+
+impl<'a> GenerateDataKeyRequest<'a> {
+    /// A request without AAD.
+    pub const fn new(key_id: &'a str, number_of_bytes: u32) -> Self {
+        Self { key_id, number_of_bytes, aad: &[] }
+    }
+
+    /// The same request with this AAD.
+    #[must_use]
+    pub const fn aad(mut self, aad: &'a [u8]) -> Self {
+        self.aad = aad;
+        self
+    }
+
+    /// The length of the data key, if the lengths are within their limits.
+    pub(crate) fn check(&self) -> Result<usize> {
+        check_aad(self.aad)?;
+        match usize::try_from(self.number_of_bytes) {
+            Ok(len @ NUMBER_OF_BYTES_MIN..=NUMBER_OF_BYTES_MAX) => Ok(len),
+            _ => Err(Error::invalid(format!(
+                "NumberOfBytes {} is outside {NUMBER_OF_BYTES_MIN} to {NUMBER_OF_BYTES_MAX}.",
+                self.number_of_bytes
+            ))),
+        }
+    }
+}
+
+/// One blob to decrypt.
+///
+/// `advance_decrypt` needs the AAD alone for a self-describing blob, and `key_id` and `iv` for a raw one; `decrypt`
+/// reads every blob as a raw one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecryptRequest<'a> {
+    /// The wrapped data key.
+    pub ciphertext_blob: &'a [u8],
+    /// The key that wrapped it: an id or an `alias/...`.
+    pub key_id: Option<&'a str>,
+    /// The 12-byte IV that came with a raw blob.
+    pub iv: Option<&'a [u8]>,
+    /// The AAD of the generating request.
+    pub aad: &'a [u8],
+    /// `AES_GCM`, which is also meant when nothing or nothing but `""` is given.
+    pub algorithm: Option<&'a str>,
+    /// Names the key version of a raw blob for `decrypt` when there is no `key_id` (the KMS's
+    /// `x-kms-migrationkeyversionid`).
+    pub key_version_id: Option<&'a str>,
+}
+
+impl<'a> DecryptRequest<'a> {
+    /// A request with nothing but a blob.
+    pub const fn new(ciphertext_blob: &'a [u8]) -> Self {
+        Self {
+            ciphertext_blob,
+            key_id: None,
+            iv: None,
+            aad: &[],
+            algorithm: None,
+            key_version_id: None,
+        }
+    }
+
+    /// The same request with this key id or alias.
+    #[must_use]
+    pub const fn key_id(mut self, key_id: &'a str) -> Self {
+        self.key_id = Some(key_id);
+        self
+    }
+
+    /// The same request with this IV.
+    #[must_use]
+    pub const fn iv(mut self, iv: &'a [u8]) -> Self {
+        self.iv = Some(iv);
+        self
+    }
+
+    /// The same request with this AAD.
+    #[must_use]
+    pub const fn aad(mut self, aad: &'a [u8]) -> Self {
+        self.aad = aad;
+        self
+    }
+
+    /// Checks what a raw blob needs beside its key, and returns the IV.
+    pub(crate) fn check_raw(&self) -> Result<[u8; IV_LEN]> {
+        if let Some(algorithm) =
+            self.algorithm.filter(|name| !name.is_empty() && *name != ALGORITHM)
+        {
+            return Err(Error::invalid(format!("Algorithm {algorithm:?} is not {ALGORITHM}.")));
+        }
+        let iv = self.iv.ok_or_else(|| Error::invalid("Iv is missing."))?;
+        iv.try_into()
+            .map_err(|_| Error::invalid(format!("Iv has {} bytes; AES_GCM needs 12.", iv.len())))
+    }
+}
+
+pub(crate) fn check_aad(aad: &[u8]) -> Result<()> {
+    if aad.len() > AAD_LEN_MAX {
+        return Err(Error::invalid(format!(
+            "Aad has {} bytes; at most {AAD_LEN_MAX} are allowed.",
+            aad.len()
+        )));
+    }
+    Ok(())
+}
+
+/// A KEK to create.
+///
+/// ```
+/// use keymill::CreateKey;
+/// let key = CreateKey { alias: Some("alias/app".into()), ..CreateKey::default() };
+/// ```
+#[derive(Clone, Debug)]
+pub struct CreateKey {
+    /// Length of the material.
+    pub spec: KeySpec,
+    /// How it wraps; the spec's default scheme if `None`.
+    pub scheme: Option<Scheme>,
+    /// A first alias.
+    pub alias: Option<String>,
+    /// Free text, at most 8192 bytes.
+    pub description: String,
+    /// How often it rotates by itself.
+    pub rotation_period: Option<RotationPeriod>,
+}
+
+impl Default for CreateKey {
+    fn default() -> Self {
+        Self {
+            spec: KeySpec::Aes256,
+            scheme: None,
+            alias: None,
+            description: String::new(),
+            rotation_period: None,
+        }
+    }
+}
+
+/// A KEK to import: raw material of 16, 24 or 32 bytes, which decides the spec.
+#[derive(Clone)]
+pub struct ImportKey<'a> {
+    /// The material. The caller wipes it afterwards.
+    pub material: &'a [u8],
+    /// How it wraps; the spec's default scheme if `None`.
+    pub scheme: Option<Scheme>,
+    /// A first alias.
+    pub alias: Option<String>,
+    /// Free text, at most 8192 bytes.
+    pub description: String,
+}
+
+impl<'a> ImportKey<'a> {
+    /// Material with the defaults for everything else.
+    pub const fn new(material: &'a [u8]) -> Self {
+        Self { material, scheme: None, alias: None, description: String::new() }
+    }
+}
+
+impl std::fmt::Debug for ImportKey<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ImportKey")
+            .field("material_len", &self.material.len())
+            .field("scheme", &self.scheme)
+            .field("alias", &self.alias)
+            .finish_non_exhaustive()
+    }
+}
+
+pub(crate) fn check_description(description: &str) -> Result<()> {
+    if description.len() > DESCRIPTION_LEN_MAX {
+        return Err(Error::invalid(format!(
+            "Description has {} bytes; at most {DESCRIPTION_LEN_MAX} are allowed.",
+            description.len()
+        )));
+    }
+    Ok(())
+}
+
+/// The scheme of a new key.
+///
+/// # Errors
+/// `InvalidParameter` for `Derived` with another spec than AES_256.
+pub(crate) fn check_scheme(spec: KeySpec, scheme: Option<Scheme>) -> Result<Scheme> {
+    match scheme.unwrap_or(spec.default_scheme()) {
+        Scheme::Derived if spec != KeySpec::Aes256 => {
+            Err(Error::invalid(format!("Scheme \"derived\" needs AES_256; the key is {spec}.")))
+        }
+        scheme => Ok(scheme),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_at_and_beyond_their_limits() {
+        let aad = vec![0; AAD_LEN_MAX + 1];
+        for (bytes, aad_len, good) in [
+            (0, 0, false),
+            (1, 0, true),
+            (1024, AAD_LEN_MAX, true),
+            (1025, 0, false),
+            (u32::MAX, 0, false),
+            (32, AAD_LEN_MAX + 1, false),
+        ] {
+            let request = GenerateDataKeyRequest::new("k", bytes).aad(&aad[..aad_len]);
+            assert_eq!(request.check().is_ok(), good, "{bytes} {aad_len}");
+        }
+    }
+
+    #[test]
+    fn imported_material_does_not_print() {
+        let text = format!("{:?}", ImportKey::new(&[0x41; 32]));
+        assert!(text.contains("material_len: 32") && !text.contains("65"), "{text}");
+    }
+}

@@ -1,0 +1,451 @@
+//! The embedded store: one SQLite file that several processes may use at once.
+//!
+//! Connections, transactions and forks; rows are `rows.rs`, tables and settings `schema.rs`, cryptography `seal.rs`.
+//!
+//! # Forks
+//! SQLite must never be carried across a fork: POSIX file locks are not inherited, its process-wide table of open
+//! files would lie to the child, and its mutexes may be held by threads that do not exist there. So
+//!
+//! 1. every use of SQLite happens under `os::fork_gate`, taken **before** the store's own mutex and never twice by one
+//!    thread; nobody is inside SQLite while the process forks;
+//! 2. before a fork every store closes its connection ([`Quiesce`]); parent and child open their own at the next use,
+//!    and check that it is still the same store;
+//! 3. a child that was made without fork handlers (raw `clone`) abandons the inherited connection without touching
+//!    its lock, and refuses to use SQLite at all if any was in use (`schema::Use`).
+//!
+//! Other users of SQLite in the process are theirs to keep still.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use rusqlite::{Connection, TransactionBehavior};
+
+use super::{
+    Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage,
+    place::{COMPANIONS, Draft, with_suffix},
+    root_key::RootKey,
+    rows::{self, Meta, StoredMeta, Verdict},
+    schema::{Failure, Open, Outcome, Use, corrupt},
+    seal::{StoreId, StoreKeys},
+};
+use crate::{
+    cpu::Tier,
+    error::{Error, ErrorKind, Result},
+    keys::{Alias, KeyId, KeyRecord, KeyVersionId, Origin, StoredKey, alias::AliasChange},
+    os::{self, PerProcess, Quiesce},
+    rng::Rng,
+};
+
+/// A store in an SQLite file.
+pub(crate) struct SqliteStore(Arc<Inner>);
+
+struct Inner {
+    /// Absolute, so that it means the same after a change of directory.
+    path: PathBuf,
+    keys: StoreKeys,
+    rng: Rng,
+    /// The connection, if one is open. Locked only under the fork gate.
+    connection: PerProcess<Mutex<Option<Open>>>,
+    /// Whether a key was deleted whose traces could not be erased yet.
+    erasure_owed: AtomicBool,
+}
+
+impl SqliteStore {
+    /// Makes a new store, whole or not at all, in a file of mode 0600.
+    ///
+    /// # Errors
+    /// `InvalidParameter` if something is at `path` already; `StoreUnavailable` if the file cannot be written. There is
+    /// then no store.
+    pub(crate) fn create(path: &Path, root: &RootKey, rng: &Rng) -> Result<Self> {
+        let path = absolute(path)?;
+        let mut id = StoreId([0; 16]);
+        rng.fill_from_os(&mut id.0)?;
+        let keys = StoreKeys::derive(root, id, tier(rng));
+        for companion in COMPANIONS {
+            // SQLite would take a log that a removed store left behind for this store's.
+            let leftover = with_suffix(&path, companion);
+            if leftover.symlink_metadata().is_ok() {
+                let leftover = leftover.display();
+                return Err(Error::invalid(format!(
+                    "{leftover} is left from another store; move it away first."
+                )));
+            }
+        }
+        let place = |error: io::Error| not_placed(&path, &error);
+        let draft = Draft::new(&path).map_err(place)?;
+        {
+            let _use = Use::begin(&path)?;
+            let _gate = os::fork_gate();
+            write_new(draft.path(), &keys, rng).map_err(|failure| failure.explain(&path))?;
+        }
+        draft.publish().map_err(place)?;
+        Self::open(&path, root)
+    }
+
+    /// Opens a store that exists.
+    ///
+    /// # Errors
+    /// `StoreMissing`; `WrongRootKey`, with nothing written; `StoreCorrupt` if the file is no store of ours, or a
+    /// damaged one; `StoreUnavailable` if it cannot be read and written.
+    pub(crate) fn open(path: &Path, root: &RootKey) -> Result<Self> {
+        let path = absolute(path)?;
+        check_file(&path)?;
+        let tier = Tier::detect()?;
+        let store = {
+            let in_use = Use::begin(&path)?;
+            let _gate = os::fork_gate();
+            let (mut open, keys, meta) =
+                open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?;
+            let inner = Inner {
+                path,
+                keys,
+                rng: Rng::Os(tier),
+                connection: PerProcess::empty(),
+                erasure_owed: AtomicBool::new(meta.erased != meta.deleted),
+            };
+            // After a crash between a deletion and its erasure.
+            inner.erase(&mut open);
+            inner.connection.get_or(|_| Mutex::new(Some(open)));
+            drop(in_use);
+            Self(Arc::new(inner))
+        };
+        // Takes the gate itself, so not under ours.
+        let inner: Weak<Inner> = Arc::downgrade(&store.0);
+        os::quiesce_before_fork(inner);
+        Ok(store)
+    }
+
+    /// Runs a read transaction: everything in it is of one moment.
+    fn read<T>(&self, work: impl FnOnce(&Connection, &StoreKeys) -> Outcome<T>) -> Result<T> {
+        self.0.with(|inner, open| {
+            let transaction =
+                open.sqlite.transaction_with_behavior(TransactionBehavior::Deferred)?;
+            let answer = work(&transaction, &inner.keys)?;
+            transaction.commit()?;
+            Ok(answer)
+        })
+    }
+
+    /// Runs a write transaction, which is undone if `work` fails or panics.
+    fn write<T>(&self, work: impl FnOnce(&Connection, &Inner) -> Outcome<T>) -> Result<T> {
+        self.0.with(|inner, open| {
+            let transaction =
+                open.sqlite.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let answer = work(&transaction, inner)?;
+            transaction.commit()?;
+            inner.erase(open);
+            Ok(answer)
+        })
+    }
+}
+
+impl Drop for SqliteStore {
+    fn drop(&mut self) {
+        // In a child that has not used the store, or must not, there is nothing to close.
+        let Some(connection) = self.0.connection.get() else { return };
+        let _gate = os::fork_gate();
+        if let Some(open) = lock(&connection).take() {
+            open.close_cleanly();
+        }
+    }
+}
+
+impl Inner {
+    /// Runs `work` with the connection, opening it if there is none.
+    fn with<T>(&self, work: impl FnOnce(&Self, &mut Open) -> Outcome<T>) -> Result<T> {
+        // Refuses before the gate and the mutex, which in a raw clone may be held by threads that do not exist.
+        let _use = Use::begin(&self.path)?;
+        let _gate = os::fork_gate();
+        let connection = self.connection.get_or(|_| Mutex::new(None));
+        let mut slot = lock(&connection);
+        let explain = |failure: Failure| failure.explain(&self.path);
+        // Taken out, so that a panic in `work` closes the connection instead of leaving its transaction open.
+        let mut open = match slot.take() {
+            Some(open) => open,
+            None => self.reopen().map_err(explain)?,
+        };
+        let outcome = work(self, &mut open);
+        // A transaction that could not even be rolled back goes with its connection.
+        if open.sqlite.is_autocommit() {
+            *slot = Some(open);
+        }
+        outcome.map_err(explain)
+    }
+
+    /// Opens the file again after a fork, and checks that it is this store still.
+    fn reopen(&self) -> Outcome<Open> {
+        check_file(&self.path)?;
+        let open = Open::file(&self.path)?;
+        open.check_format(&self.path)?;
+        if StoredMeta::read(&open.sqlite)?.id != self.keys.id {
+            let detail = format!("{} is another store than before.", self.path.display());
+            return Err(Error::new(ErrorKind::StoreUnavailable, detail).into());
+        }
+        Meta::read(&open.sqlite, &self.keys)?;
+        Ok(open)
+    }
+
+    /// Erases what deleted keys left in the file, if that is owed. The deletion itself is done, so a failure is no
+    /// error: it is tried again after every write, and when the store is opened.
+    fn erase(&self, open: &mut Open) {
+        if !self.erasure_owed.load(Ordering::Relaxed) {
+            return;
+        }
+        let path = self.path.display();
+        match self.try_to_erase(open) {
+            Ok(true) => self.erasure_owed.store(false, Ordering::Relaxed),
+            Ok(false) => log::warn!(
+                "A deleted key's sealed material is not yet erased from {path}: a reader is in the way."
+            ),
+            Err(failure) => {
+                let error = failure.explain(&self.path);
+                log::warn!("A deleted key's sealed material is not yet erased: {error}");
+            }
+        }
+    }
+
+    fn try_to_erase(&self, open: &mut Open) -> Outcome<bool> {
+        // A deletion that another process commits meanwhile stays owed: it is beyond this number.
+        let deleted = Meta::read(&open.sqlite, &self.keys)?.deleted;
+        if !open.erase_leftovers()? {
+            return Ok(false);
+        }
+        let transaction = open.sqlite.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        Meta::read(&transaction, &self.keys)?.note_erased(&transaction, &self.keys, deleted)?;
+        transaction.commit()?;
+        Ok(true)
+    }
+}
+
+impl Quiesce for Inner {
+    /// Closes the connection. The gate is held alone, so nobody holds the mutex.
+    fn before_fork(&self) {
+        if let Some(connection) = self.connection.get() {
+            drop(lock(&connection).take());
+        }
+    }
+}
+
+impl KeyStore for SqliteStore {
+    fn load(&self) -> Result<StoreImage> {
+        self.read(load)
+    }
+
+    fn changes(&self) -> Result<u64> {
+        self.read(|sqlite, keys| Ok(Meta::read(sqlite, keys)?.changes.cast_unsigned()))
+    }
+
+    fn create(&self, key: &NewKey) -> Result<()> {
+        self.write(|sqlite, inner| {
+            let keys = &inner.keys;
+            let NewKey { record, version, alias } = key;
+            let mut meta = Meta::read(sqlite, keys)?;
+            if rows::read_key(sqlite, keys, &record.id)?.is_some() {
+                return Err(rows::known(&record.id));
+            }
+            if let Some(alias) = alias {
+                let current = rows::read_alias(sqlite, keys, alias)?;
+                AliasChange::Create(record.id).check(alias, current, Some(record))?;
+            }
+            if record.origin == Origin::Imported {
+                rows::remember_import(sqlite, keys, key)?;
+                meta.fingerprints += 1;
+            }
+            rows::insert_key(sqlite, keys, record)?;
+            rows::insert_version(sqlite, keys, record, version, &inner.rng)?;
+            if let Some(alias) = alias {
+                rows::write_alias(sqlite, keys, alias, &record.id)?;
+                meta.aliases += 1;
+            }
+            meta.keys += 1;
+            meta.changed(sqlite, keys)
+        })
+    }
+
+    fn change(
+        &self,
+        key: &KeyId,
+        decide: &mut dyn FnMut(&KeyRecord) -> Result<KeyChange>,
+    ) -> Result<()> {
+        self.write(|sqlite, inner| {
+            let keys = &inner.keys;
+            let mut meta = Meta::read(sqlite, keys)?;
+            let record = rows::read_key(sqlite, keys, key)?
+                .ok_or_else(|| Error::key_not_found(key.as_str()))?;
+            match decide(&record)? {
+                KeyChange::Keep => return Ok(()),
+                KeyChange::Save(changed, version) => {
+                    save(sqlite, inner, &record, &changed, version.as_ref())?;
+                }
+                KeyChange::Delete => {
+                    let aliases = rows::delete_key(sqlite, key)?;
+                    meta.aliases -= i64::try_from(aliases).expect("SQLite counts in i64");
+                    meta.keys -= 1;
+                    meta.deleted += 1;
+                    inner.erasure_owed.store(true, Ordering::Relaxed);
+                }
+            }
+            meta.changed(sqlite, keys)
+        })
+    }
+
+    fn change_alias(&self, alias: &Alias, change: AliasChange) -> Result<()> {
+        self.write(|sqlite, inner| {
+            let keys = &inner.keys;
+            let mut meta = Meta::read(sqlite, keys)?;
+            let current = rows::read_alias(sqlite, keys, alias)?;
+            let target = match change.target() {
+                Some(key) => rows::read_key(sqlite, keys, &key)?,
+                None => None,
+            };
+            change.check(alias, current, target.as_ref())?;
+            match change.target() {
+                Some(key) => rows::write_alias(sqlite, keys, alias, &key)?,
+                None => rows::delete_alias(sqlite, alias)?,
+            }
+            meta.aliases += i64::from(change.target().is_some()) - i64::from(current.is_some());
+            meta.changed(sqlite, keys)
+        })
+    }
+
+    fn lease(&self, version: &KeyVersionId, request: LeaseRequest) -> Result<Grant> {
+        self.write(|sqlite, inner| rows::lease(sqlite, &inner.keys, version, request))
+    }
+
+    fn give_back(&self, version: &KeyVersionId, unused: u64) -> Result<()> {
+        self.write(|sqlite, inner| rows::give_back(sqlite, &inner.keys, version, unused))
+    }
+
+    fn describe(&self) -> String {
+        format!("SQLite file {}", self.0.path.display())
+    }
+}
+
+/// Reads and verifies everything.
+fn load(sqlite: &Connection, keys: &StoreKeys) -> Outcome<StoreImage> {
+    let meta = Meta::read(sqlite, keys)?;
+    let mut stored = Vec::new();
+    for record in rows::read_keys(sqlite, keys)? {
+        let versions = rows::read_versions(sqlite, keys, &record)?;
+        stored.push(StoredKey { record, versions, aliases: Vec::new() });
+    }
+    stored.sort_by_key(|key| key.record.id);
+    let aliases = rows::read_aliases(sqlite, keys)?;
+    let alias_count = aliases.len();
+    for (alias, id) in aliases {
+        let at = stored
+            .binary_search_by_key(&id, |key| key.record.id)
+            .map_err(|_| corrupt("aliases", &alias))?;
+        stored[at].aliases.push(alias);
+    }
+    // Rows that nothing asked for, or that are gone without a trace.
+    let version_count = stored.iter().map(|key| key.versions.len()).sum::<usize>();
+    for (table, found, expected) in [
+        ("keys", as_count(stored.len()), meta.keys),
+        ("aliases", as_count(alias_count), meta.aliases),
+        ("fingerprints", rows::check_fingerprints(sqlite, keys)?, meta.fingerprints),
+        ("versions", rows::count(sqlite, "versions")?, as_count(version_count)),
+        ("budgets", rows::count(sqlite, "budgets")?, as_count(version_count)),
+    ] {
+        if found != expected {
+            let detail = format!("Table {table} has {found} records; there have to be {expected}.");
+            return Err(Error::new(ErrorKind::StoreCorrupt, detail).into());
+        }
+    }
+    stored.sort_by_key(|key| (key.record.created, key.record.id));
+    Ok(StoreImage { changes: meta.changes.cast_unsigned(), keys: stored })
+}
+
+fn as_count(len: usize) -> i64 {
+    i64::try_from(len).expect("no collection is that long")
+}
+
+/// Writes a changed record, and its new primary version if there is one.
+fn save(
+    sqlite: &Connection,
+    inner: &Inner,
+    before: &KeyRecord,
+    changed: &KeyRecord,
+    version: Option<&crate::keys::VersionRecord>,
+) -> Outcome<()> {
+    // What versions are sealed with does not change, and versions are added one by one.
+    let fixed = |record: &KeyRecord| (record.id, record.spec, record.scheme, record.origin);
+    assert_eq!(fixed(before), fixed(changed));
+    assert_eq!(changed.version_count, before.version_count + u32::from(version.is_some()));
+    rows::update_key(sqlite, &inner.keys, changed)?;
+    if let Some(version) = version {
+        assert_eq!(version.ordinal, before.version_count);
+        rows::insert_version(sqlite, &inner.keys, changed, version, &inner.rng)?;
+    }
+    Ok(())
+}
+
+/// Opens a store of unknown id: reads, checks, and writes nothing.
+fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(Open, StoreKeys, Meta)> {
+    let open = Open::file(path)?;
+    open.check_format(path)?;
+    let stored = StoredMeta::read(&open.sqlite)?;
+    let keys = StoreKeys::derive(root, stored.id, tier);
+    match stored.verdict(&keys) {
+        Verdict::Good => Ok((open, keys, stored.meta)),
+        Verdict::Damaged => Err(corrupt("meta", "the store")),
+        Verdict::WrongRootKey => {
+            let detail = format!("It belongs to another store than {}.", path.display());
+            Err(Error::new(ErrorKind::WrongRootKey, detail).into())
+        }
+    }
+}
+
+fn write_new(path: &Path, keys: &StoreKeys, rng: &Rng) -> Outcome<()> {
+    let mut open = Open::file(path)?;
+    open.make_tables(|sqlite| Meta::default().insert(sqlite, keys, rng))?;
+    open.close_cleanly();
+    Ok(())
+}
+
+/// Looks at the file without opening it: closing a descriptor of it would drop the locks that SQLite holds on it.
+fn check_file(path: &Path) -> Result<()> {
+    let unavailable =
+        |why: &str| Error::new(ErrorKind::StoreUnavailable, format!("{} {why}.", path.display()));
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => Err(unavailable("is a directory")),
+        Ok(metadata) if !metadata.is_file() => Err(unavailable("is no file")),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let detail = format!("There is no file {}.", path.display());
+            Err(Error::new(ErrorKind::StoreMissing, detail))
+        }
+        Err(error) => Err(unavailable(&format!("cannot be read: {error}"))),
+    }
+}
+
+fn not_placed(path: &Path, error: &io::Error) -> Error {
+    let path = path.display();
+    if error.kind() == io::ErrorKind::AlreadyExists {
+        return Error::invalid(format!("{path} exists already; a store is never overwritten."));
+    }
+    let detail = format!("The store {path} could not be made: {error}.");
+    Error::new(ErrorKind::StoreUnavailable, detail)
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|error| not_placed(path, &error))
+}
+
+fn tier(rng: &Rng) -> Tier {
+    match rng {
+        Rng::Os(tier) => *tier,
+        #[cfg(any(feature = "deterministic", fuzzing, test))]
+        Rng::Seeded { tier, .. } => *tier,
+    }
+}
+
+fn lock(connection: &Mutex<Option<Open>>) -> MutexGuard<'_, Option<Open>> {
+    connection.lock().unwrap_or_else(PoisonError::into_inner)
+}
