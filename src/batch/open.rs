@@ -123,9 +123,21 @@ fn head(request: &DecryptRequest<'_>) -> Option<(KeyVersionId, Iv)> {
     Some((KeyVersionId::from_bytes(&id)?, iv))
 }
 
-/// Whether the blob begins as a self-describing one of a version that `ring` does not know.
-pub(crate) fn names_unknown_version(request: &DecryptRequest<'_>, ring: &Ring) -> bool {
-    head(request).is_some_and(|(id, _)| ring.version(&id).is_none())
+/// Whether the request names a key or a version that `ring` does not have, so that a newer one may know more.
+pub(crate) fn wants_newer_ring(
+    request: &DecryptRequest<'_>,
+    ring: &Ring,
+    reading: Reading,
+) -> bool {
+    let unknown = |id: &KeyVersionId| ring.version(id).is_none();
+    request.key_id.is_some_and(|name| ring.resolve(name).is_none())
+        || match reading {
+            Reading::Advance => head(request).is_some_and(|(id, _)| unknown(&id)),
+            Reading::Raw => {
+                let named = request.key_version_id.filter(|_| request.key_id.is_none());
+                named.and_then(KeyVersionId::parse).is_some_and(|id| unknown(&id))
+            }
+        }
 }
 
 /// The version under which a raw blob is to be opened.

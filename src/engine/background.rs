@@ -49,7 +49,10 @@ impl Shared {
         let now = self.now();
         let mut report = DueReport::default();
         let ring = self.ring.load_full();
-        for key in ring.keys() {
+        let mut keys: Vec<_> = ring.keys().collect();
+        // In a fixed order, since what is made depends on it in the deterministic mode.
+        keys.sort_unstable_by_key(|key| key.record.id);
+        for key in keys {
             let id = key.record.id;
             if key.record.deletion_due(now) {
                 match self.delete_due(&id, now) {

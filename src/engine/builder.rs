@@ -2,9 +2,7 @@
 
 use std::{path::Path, sync::Arc, time::SystemTime};
 
-#[cfg(any(feature = "deterministic", fuzzing, test))]
-use super::Rng as SeededRng;
-use super::{Config, Engine};
+use super::{Clock, Config, Engine};
 use crate::{
     cpu::Tier,
     error::{Error, Result},
@@ -16,7 +14,7 @@ use crate::{
 /// Settings of an engine: thread pool, clock, and the sizes that tests inject.
 #[must_use]
 pub struct EngineBuilder {
-    clock: Box<dyn Fn() -> SystemTime + Send + Sync>,
+    clock: Option<Clock>,
     pool: Option<Arc<rayon::ThreadPool>>,
     lease_max: u64,
     initial_spent: u64,
@@ -24,12 +22,7 @@ pub struct EngineBuilder {
 
 impl Default for EngineBuilder {
     fn default() -> Self {
-        Self {
-            clock: Box::new(SystemTime::now),
-            pool: None,
-            lease_max: LEASE_MAX,
-            initial_spent: 0,
-        }
+        Self { clock: None, pool: None, lease_max: LEASE_MAX, initial_spent: 0 }
     }
 }
 
@@ -51,7 +44,7 @@ impl EngineBuilder {
 
     /// The clock by which keys are dated, rotated and deleted. The wall clock unless set.
     pub fn clock(mut self, clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
-        self.clock = Box::new(clock);
+        self.clock = Some(Box::new(clock));
         self
     }
 
@@ -105,7 +98,7 @@ impl EngineBuilder {
     #[cfg(any(feature = "deterministic", fuzzing, test))]
     pub fn deterministic(self, seed: [u8; 32]) -> Result<Engine> {
         let tier = Tier::detect()?;
-        self.start(Box::new(MemoryStore::new()), SeededRng::seeded(tier, seed), tier)
+        self.start(Box::new(MemoryStore::new()), Rng::seeded(tier, seed), tier)
     }
 
     fn start(self, store: Box<dyn KeyStore>, rng: Rng, tier: Tier) -> Result<Engine> {
@@ -113,8 +106,12 @@ impl EngineBuilder {
         if pool.as_ref().is_some_and(|pool| pool.current_num_threads() == 0) {
             return Err(Error::invalid("The thread pool has no threads."));
         }
-        // Background work happens at its own times, which a deterministic engine must not depend on.
+        // A deterministic engine must not depend on the time, nor on the times of background work.
         let background = !rng.is_deterministic();
+        let clock = clock.unwrap_or_else(|| match background {
+            true => Box::new(SystemTime::now),
+            false => Box::new(|| SystemTime::UNIX_EPOCH),
+        });
         let config = Config { clock, pool, lease_max, initial_spent, background };
         Engine::start(store, rng, tier, config)
     }

@@ -11,7 +11,7 @@ use crate::{
         open::{self, OpenPlan, Reading},
         result::{Decrypted, DecryptedBatch},
     },
-    error::{Error, ErrorKind, Result},
+    error::{Error, Result},
     os,
     request::DecryptRequest,
     request_id::RequestId,
@@ -96,7 +96,7 @@ impl Shared {
         id: RequestId,
     ) -> Result<Decrypted> {
         let mut ring = self.ring.load_full();
-        if needs_newer_ring(std::slice::from_ref(request), &ring, reading) {
+        if open::wants_newer_ring(request, &ring, reading) {
             self.refresh_if_changed()?;
             ring = self.ring.load_full();
         }
@@ -119,7 +119,7 @@ impl Shared {
     ) -> Result<DecryptedBatch> {
         let base = self.new_request_id()?;
         let mut ring = self.ring.load_full();
-        if needs_newer_ring(requests, &ring, reading) {
+        if requests.iter().any(|request| open::wants_newer_ring(request, &ring, reading)) {
             self.refresh_if_changed()?;
             ring = self.ring.load_full();
         }
@@ -146,17 +146,4 @@ impl Shared {
             plaintexts: Arc::new(arena),
         })
     }
-}
-
-/// Whether a request names a key or version that the ring does not have.
-fn needs_newer_ring(
-    requests: &[DecryptRequest<'_>],
-    ring: &crate::keys::ring::Ring,
-    reading: Reading,
-) -> bool {
-    requests.iter().any(|request| {
-        (reading == Reading::Advance && open::names_unknown_version(request, ring))
-            || open::resolve(request, 0, ring, reading)
-                .is_err_and(|error| error.kind() == ErrorKind::KeyNotFound)
-    })
 }

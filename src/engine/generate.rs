@@ -3,7 +3,6 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
-use zeroize::Zeroizing;
 
 use super::{Engine, Shared, wraps};
 use crate::{
@@ -14,7 +13,7 @@ use crate::{
         run::{self, Columns},
     },
     error::{Error, Result},
-    kernel::{self, GcmKey, Keys},
+    kernel::{self, Keys},
     keys::ring::{Key, KeyVersion, Ring},
     limits::{IV_LEN, OS_SEED_ITEMS_MIN, SALT_LEN},
     os,
@@ -24,7 +23,6 @@ use crate::{
     wrap::{
         Wrapper,
         blob::{Form, Layout},
-        state::Reserved,
     },
 };
 
@@ -174,12 +172,6 @@ fn version_of(key: &Key, operation: Operation) -> &Arc<KeyVersion> {
     }
 }
 
-/// What the wraps of one call use.
-enum Wrapping<'a> {
-    Direct(&'a GcmKey),
-    Derived(Reserved),
-}
-
 impl Shared {
     fn generate_one(
         &self,
@@ -198,20 +190,20 @@ impl Shared {
             self.note_initial_use(&key, 1);
         }
 
-        let wrapping = match &version.wrapper {
-            Wrapper::Direct(key) => Wrapping::Direct(key),
+        let state;
+        let (gcm, salt, iv) = match &version.wrapper {
+            Wrapper::Direct(key) => {
+                let mut iv = [0; IV_LEN];
+                self.rng.fill(&mut iv)?;
+                (&**key, [0; SALT_LEN], iv)
+            }
             Wrapper::Derived { root, states } => {
-                Wrapping::Derived(states.reserve(root, &self.rng, 1)?)
+                state = states.reserve(root, &self.rng, 1)?;
+                (&**state.key, state.salt, state.first_iv)
             }
         };
-        // One draw for everything: the IV of `Direct`, then the data key.
-        let mut drawn = Zeroizing::new(vec![0; IV_LEN + dek_len]);
-        self.rng.fill(&mut drawn)?;
-        let (drawn_iv, dek) = drawn.split_at(IV_LEN);
-        let (gcm, salt, iv) = match &wrapping {
-            Wrapping::Direct(key) => (*key, [0; SALT_LEN], drawn_iv.try_into().expect("IV_LEN")),
-            Wrapping::Derived(state) => (&**state.key, state.salt, state.first_iv),
-        };
+        let mut dek = SecretArena::zeroed(dek_len)?;
+        self.rng.fill(dek.as_mut_slice())?;
         let layout = Layout { form: operation.form, scheme: version.wrapper.scheme(), dek_len };
         let mut blob = vec![0; layout.len()];
         layout.write_head(&mut blob, version.id.as_bytes(), &iv, &salt);
@@ -220,7 +212,7 @@ impl Shared {
             ivs: &[iv],
             aads: &[request.aad],
             len: dek_len,
-            plaintexts: dek,
+            plaintexts: dek.as_slice(),
             out: &mut blob,
             stride: layout.len(),
             offset: layout.ciphertext_at(),
@@ -228,7 +220,7 @@ impl Shared {
         Ok(DataKey {
             key_version_id: version.id,
             iv: Bytes::copy_from_slice(&iv),
-            plaintext: operation.plaintext.then(|| SecretBytes::from_vec(dek.to_vec())),
+            plaintext: operation.plaintext.then(|| SecretBytes::view(&Arc::new(dek), 0..dek_len)),
             ciphertext_blob: blob.into(),
             request_id: id,
         })

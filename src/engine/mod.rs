@@ -79,9 +79,12 @@ struct Shared {
     initial_version_uses: AtomicU64,
 }
 
+/// Tells the time.
+type Clock = Box<dyn Fn() -> SystemTime + Send + Sync>;
+
 /// What a builder sets.
 struct Config {
-    clock: Box<dyn Fn() -> SystemTime + Send + Sync>,
+    clock: Clock,
     pool: Option<Arc<rayon::ThreadPool>>,
     lease_max: u64,
     initial_spent: u64,
@@ -129,7 +132,7 @@ impl Engine {
     /// `InvalidParameter` if `KEYMILL_TIER` holds no tier's name.
     #[cfg(any(feature = "deterministic", fuzzing, test))]
     pub fn deterministic(seed: [u8; 32]) -> Result<Self> {
-        Self::builder().clock(|| SystemTime::UNIX_EPOCH).deterministic(seed)
+        Self::builder().deterministic(seed)
     }
 
     /// Settings beyond the defaults.

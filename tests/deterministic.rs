@@ -1,0 +1,63 @@
+//! The deterministic mode: the same seed and the same calls give the same bytes, for any number of threads.
+#![cfg(feature = "deterministic")]
+
+use std::sync::Arc;
+
+use keymill::{CreateKey, Engine, GenerateDataKeyRequest, KeySpec, Scheme};
+
+/// Everything that a fixed row of calls returns, as one string of bytes.
+fn transcript(seed: u8, threads: usize) -> Vec<u8> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let engine = Engine::builder().thread_pool(Arc::new(pool)).deterministic([seed; 32]).unwrap();
+    let mut names = Vec::new();
+    for i in 0..40 {
+        let (spec, scheme) = match i % 4 {
+            0 => (KeySpec::Aes128, Scheme::Direct),
+            1 => (KeySpec::Aes256, Scheme::Direct),
+            _ => (KeySpec::Aes256, Scheme::Derived),
+        };
+        let key = CreateKey { spec, scheme: Some(scheme), ..CreateKey::default() };
+        names.push(engine.create_key(&key).unwrap().key_id);
+    }
+    let mut out = Vec::new();
+    let mut put = |key: keymill::DataKeyRef<'_>| {
+        out.extend_from_slice(key.key_version_id().as_str().as_bytes());
+        out.extend_from_slice(key.iv());
+        out.extend_from_slice(key.plaintext().unwrap_or_default());
+        out.extend_from_slice(key.ciphertext_blob());
+        out.extend_from_slice(key.request_id().as_bytes());
+    };
+    for round in 0..3usize {
+        let requests: Vec<_> = (0..9000usize)
+            .map(|i| {
+                // Long runs, short runs and lone items.
+                let name = &names[if i % 3 == 0 { 2 } else { (i * i + round) % names.len() }];
+                let number_of_bytes = if i % 5 == 0 { 32 } else { 1 + (i % 70) as u32 };
+                GenerateDataKeyRequest::new(name.as_str(), number_of_bytes).aad(&[7; 64][..i % 64])
+            })
+            .collect();
+        for batch in [
+            engine.generate_data_key_batch(&requests).unwrap(),
+            engine.advance_generate_data_key_batch(&requests[..100]).unwrap(),
+            engine.advance_generate_data_key_without_plaintext_batch(&requests).unwrap(),
+        ] {
+            batch.iter().for_each(|key| put(key.unwrap()));
+        }
+        engine.rotate_key(names[3].as_str()).unwrap();
+    }
+    for name in &names {
+        let single = engine
+            .advance_generate_data_key(&GenerateDataKeyRequest::new(name.as_str(), 24))
+            .unwrap();
+        out.extend_from_slice(single.ciphertext_blob());
+    }
+    out
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes_for_any_number_of_threads() {
+    let one = transcript(1, 1);
+    assert!(one == transcript(1, 2), "2 threads differ from 1");
+    assert!(one == transcript(1, 8), "8 threads differ from 1");
+    assert!(one != transcript(2, 1), "another seed gives the same bytes");
+}
