@@ -66,8 +66,8 @@ impl SqliteStore {
         let path = absolute(path)?;
         let mut id = StoreId([0; 16]);
         rng.fill_from_os(&mut id.0)?;
-        let keys = StoreKeys::derive(root, id, tier(rng));
-        watch_forks();
+        let keys = StoreKeys::derive(root, id, tier(rng))?;
+        watch_forks()?;
         let place = |error: io::Error| not_placed(&path, &error);
         let draft = Draft::new(&path).map_err(place)?;
         for companion in COMPANIONS {
@@ -97,7 +97,7 @@ impl SqliteStore {
         let path = absolute(path)?;
         check_file(&path)?;
         let tier = Tier::detect()?;
-        watch_forks();
+        watch_forks()?;
         let (keys, meta) = {
             let _gate = Gate::enter(&path)?;
             open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?
@@ -111,7 +111,7 @@ impl SqliteStore {
         }));
         // Before it has a connection, so that no fork meets one that nobody closes. Takes the gate, so not under ours.
         let inner: Weak<Inner> = Arc::downgrade(&store.0);
-        os::quiesce_before_fork(inner);
+        os::quiesce_before_fork(inner)?;
         store.0.with(|inner, open| {
             // After a crash between a deletion and its erasure.
             inner.erase(open);
@@ -403,8 +403,8 @@ fn save(
 }
 
 /// Sees to it that forks respect the gate, even before the first store is registered.
-fn watch_forks() {
-    os::quiesce_before_fork(Weak::<Inner>::new());
+fn watch_forks() -> Result<()> {
+    os::quiesce_before_fork(Weak::<Inner>::new())
 }
 
 /// Opens a store of unknown id, checks it, writes nothing, and closes it.
@@ -412,7 +412,7 @@ fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(StoreKeys, Me
     let open = Open::file(path)?;
     open.check_format(path)?;
     let stored = StoredMeta::read(&open.sqlite)?;
-    let keys = StoreKeys::derive(root, stored.id, tier);
+    let keys = StoreKeys::derive(root, stored.id, tier)?;
     match stored.verdict(&keys) {
         Verdict::Good => {
             open.check_soundness()?;
