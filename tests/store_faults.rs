@@ -143,7 +143,21 @@ fn use_damaged(store: &Path, sample: &Sample) -> Result<(), Error> {
         return Err(error.clone());
     }
     engine.list_aliases()?;
+    // Nothing is made twice because the damage hides that it is there.
+    let again = engine.import_key(&ImportKey::new(&[0x5a; 32]));
+    refused_as(again.map(drop), ErrorKind::InvalidKeyMaterial)?;
+    refused_as(engine.create_alias(USABLE[1], USABLE[0]), ErrorKind::AliasAlreadyExists)?;
+    engine.disable_key(USABLE[2])?;
     Ok(())
+}
+
+/// A refusal that has to come; another one is passed on.
+fn refused_as(done: Result<(), Error>, kind: ErrorKind) -> Result<(), Error> {
+    match done {
+        Ok(()) => panic!("{kind:?} did not come"),
+        Err(error) if error.kind() == kind => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 fn assert_clean(error: &Error, what: &dyn std::fmt::Display) {

@@ -279,6 +279,18 @@ impl Open {
         Ok(())
     }
 
+    /// Checks that the pages of the file fit together, the indices above all: a row that its index does not lead to is
+    /// there for whoever reads all rows, and absent for whoever asks for it, who might then make it again. Reads only.
+    pub(super) fn check_pages(&self, path: &Path) -> Outcome<()> {
+        let verdict: String =
+            self.sqlite.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
+        if verdict == "ok" {
+            return Ok(());
+        }
+        let detail = format!("The file is damaged. ({}: {verdict})", path.display());
+        Err(Error::new(ErrorKind::StoreCorrupt, detail).into())
+    }
+
     /// Rewrites the file without what deleted rows left in unused parts of pages, then cuts the log.
     ///
     /// `secure_delete` is not enough: when SQLite splits or merges pages it leaves stale copies of rows in the gap of

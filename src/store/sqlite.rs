@@ -395,7 +395,10 @@ fn open_first(
     let stored = StoredMeta::read(&open.sqlite)?;
     let keys = StoreKeys::derive(root, stored.id, tier);
     match stored.verdict(&keys) {
-        Verdict::Good => Ok((open, keys, stored.meta)),
+        Verdict::Good => {
+            open.check_pages(path)?;
+            Ok((open, keys, stored.meta))
+        }
         Verdict::Damaged => Err(corrupt("meta", "the store")),
         Verdict::WrongRootKey => {
             let detail = format!("It belongs to another store than {}.", path.display());
