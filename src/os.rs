@@ -71,6 +71,16 @@ pub(crate) fn generation() -> Generation {
     }
 }
 
+/// Whether a fork lies between the first call of this in this line of processes and now.
+pub(crate) fn is_forked() -> bool {
+    static FIRST: AtomicU64 = AtomicU64::new(0);
+    let now = generation().0;
+    match FIRST.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed) {
+        Ok(_) => false,
+        Err(first) => first != now,
+    }
+}
+
 /// Whether generator and wrapping states may outlive a call: true where a fork is detected.
 pub(crate) fn can_keep_state() -> bool {
     MARK.get_or_init(map_mark).is_some()

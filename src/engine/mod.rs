@@ -75,6 +75,8 @@ struct Shared {
     tier: Tier,
     config: Config,
     home: Generation,
+    /// Whether rayon's global pool may have been inherited, without its workers, from a parent with engines.
+    forked_before: bool,
     process: PerProcess<Process>,
     initial_version_uses: AtomicU64,
 }
@@ -169,6 +171,7 @@ impl Engine {
             tier,
             config,
             home: os::generation(),
+            forked_before: os::is_forked(),
             process: PerProcess::empty(),
             initial_version_uses: AtomicU64::new(0),
         });
@@ -219,6 +222,7 @@ impl Shared {
         match &self.config.pool {
             _ if os::generation() != self.home => FanOut::Caller,
             Some(pool) => FanOut::Own(pool),
+            None if self.forked_before => FanOut::Caller,
             None => FanOut::Global,
         }
     }
