@@ -412,14 +412,16 @@ fn imported_material_is_raw() {
     import(&[7; 31]).ended(1, "31 bytes");
     import(&[7; 3000]).ended(1, "at least 256 bytes");
     import(b"").ended(1, "0 bytes");
-    import(b"00112233445566778899aabbccddeeff\n").ended(1, "hex text");
-    import(&b"0123456789abcdef".repeat(4)).ended(1, "hex text");
+    import(b"00112233445566778899aabbccddeeff\n").ended(1, "look like hex");
+    import(&b"0123456789abcdef".repeat(4)).ended(1, "look like hex");
     import(b"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=").ended(1, "look like text");
     import(b"sixteen raw byte\n").ended(1, "line end");
     fs::write(scratch.path("kek"), [7; 24]).unwrap();
     scratch.run("key import --material kek --scheme derived").ended(1, "AES_192");
     assert!(scratch.run("key import --material kek --alias alias/i").done().contains("imported"));
     scratch.run("key import --material kek").ended(1, "InvalidKeyMaterial");
+    let text = import(b"0123456789abcdef");
+    assert!(text.err.starts_with("keymill: warning: ") && text.code == Some(0), "{text:?}");
     scratch.run("key rotate alias/i").ended(1, "UnsupportedOperation");
     scratch.run("key import --material absent").ended(2, "absent");
 }

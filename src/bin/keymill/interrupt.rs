@@ -1,8 +1,8 @@
 //! Ctrl-C, SIGTERM and SIGHUP during a streaming command: stop, leave no unfinished file, say so, exit 2.
 //!
 //! The flag stops a run at its next window, so that it ends in order and returns its leases. A run that is blocked
-//! (standard input from a terminal, a pipe that nobody reads) never gets there: after a short while the handler's thread
-//! removes the unfinished file and ends the process itself.
+//! (standard input from a terminal, a pipe that nobody reads) never gets there: after a short while the handler's
+//! thread removes the unfinished file and ends the process itself.
 
 use std::{
     fs, mem,
