@@ -31,7 +31,7 @@ use super::{
     place::{COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
     rows::{self, Meta, StoredMeta, Verdict},
-    schema::{Failure, Open, Outcome, Use, corrupt},
+    schema::{Failure, Gate, Open, Outcome, corrupt},
     seal::{StoreId, StoreKeys},
 };
 use crate::{
@@ -67,6 +67,9 @@ impl SqliteStore {
         let mut id = StoreId([0; 16]);
         rng.fill_from_os(&mut id.0)?;
         let keys = StoreKeys::derive(root, id, tier(rng));
+        watch_forks();
+        let place = |error: io::Error| not_placed(&path, &error);
+        let draft = Draft::new(&path).map_err(place)?;
         for companion in COMPANIONS {
             // SQLite would take a log that a removed store left behind for this store's.
             let leftover = with_suffix(&path, companion);
@@ -77,11 +80,8 @@ impl SqliteStore {
                 )));
             }
         }
-        let place = |error: io::Error| not_placed(&path, &error);
-        let draft = Draft::new(&path).map_err(place)?;
         {
-            let _use = Use::begin(&path)?;
-            let _gate = os::fork_gate();
+            let _gate = Gate::enter(&path)?;
             write_new(draft.path(), &keys, rng).map_err(|failure| failure.explain(&path))?;
         }
         draft.publish().map_err(place)?;
@@ -97,27 +97,26 @@ impl SqliteStore {
         let path = absolute(path)?;
         check_file(&path)?;
         let tier = Tier::detect()?;
-        let store = {
-            let in_use = Use::begin(&path)?;
-            let _gate = os::fork_gate();
-            let (mut open, keys, meta) =
-                open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?;
-            let inner = Inner {
-                path,
-                keys,
-                rng: Rng::Os(tier),
-                connection: PerProcess::empty(),
-                erasure_owed: AtomicBool::new(meta.erased != meta.deleted),
-            };
-            // After a crash between a deletion and its erasure.
-            inner.erase(&mut open);
-            inner.connection.get_or(|_| Mutex::new(Some(open)));
-            drop(in_use);
-            Self(Arc::new(inner))
+        watch_forks();
+        let (keys, meta) = {
+            let _gate = Gate::enter(&path)?;
+            open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?
         };
-        // Takes the gate itself, so not under ours.
+        let store = Self(Arc::new(Inner {
+            path,
+            keys,
+            rng: Rng::Os(tier),
+            connection: PerProcess::empty(),
+            erasure_owed: AtomicBool::new(meta.erased != meta.deleted),
+        }));
+        // Before it has a connection, so that no fork meets one that nobody closes. Takes the gate, so not under ours.
         let inner: Weak<Inner> = Arc::downgrade(&store.0);
         os::quiesce_before_fork(inner);
+        store.0.with(|inner, open| {
+            // After a crash between a deletion and its erasure.
+            inner.erase(open);
+            Ok(())
+        })?;
         Ok(store)
     }
 
@@ -145,12 +144,30 @@ impl SqliteStore {
     }
 }
 
+#[cfg(test)]
+impl SqliteStore {
+    /// Deletes a key as a crash before the erasure leaves it.
+    pub(super) fn delete_without_erasing(&self, id: &KeyId) {
+        let deleted = self.0.with(|inner, open| {
+            let transaction = open.sqlite.transaction()?;
+            let mut meta = Meta::read(&transaction, &inner.keys)?;
+            rows::delete_key(&transaction, id)?;
+            meta.keys -= 1;
+            meta.deleted += 1;
+            meta.changed(&transaction, &inner.keys)?;
+            Ok(transaction.commit()?)
+        });
+        deleted.unwrap();
+    }
+}
+
 impl Drop for SqliteStore {
     fn drop(&mut self) {
         // In a child that has not used the store, or must not, there is nothing to close.
         let Some(connection) = self.0.connection.get() else { return };
-        let _gate = os::fork_gate();
-        if let Some(open) = lock(&connection).take() {
+        let Ok(_gate) = Gate::enter(&self.0.path) else { return };
+        // A connection that a fork closed left the log beside the file; people copy the file alone.
+        if let Some(open) = lock(&connection).take().or_else(|| self.0.reopen().ok()) {
             open.close_cleanly();
         }
     }
@@ -160,8 +177,7 @@ impl Inner {
     /// Runs `work` with the connection, opening it if there is none.
     fn with<T>(&self, work: impl FnOnce(&Self, &mut Open) -> Outcome<T>) -> Result<T> {
         // Refuses before the gate and the mutex, which in a raw clone may be held by threads that do not exist.
-        let _use = Use::begin(&self.path)?;
-        let _gate = os::fork_gate();
+        let _gate = Gate::enter(&self.path)?;
         let connection = self.connection.get_or(|_| Mutex::new(None));
         let mut slot = lock(&connection);
         let explain = |failure: Failure| failure.explain(&self.path);
@@ -386,14 +402,22 @@ fn save(
     Ok(())
 }
 
-/// Opens a store of unknown id: reads, checks, and writes nothing.
-fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(Open, StoreKeys, Meta)> {
+/// Sees to it that forks respect the gate, even before the first store is registered.
+fn watch_forks() {
+    os::quiesce_before_fork(Weak::<Inner>::new());
+}
+
+/// Opens a store of unknown id, checks it, writes nothing, and closes it.
+fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(StoreKeys, Meta)> {
     let open = Open::file(path)?;
     open.check_format(path)?;
     let stored = StoredMeta::read(&open.sqlite)?;
     let keys = StoreKeys::derive(root, stored.id, tier);
     match stored.verdict(&keys) {
-        Verdict::Good => Ok((open, keys, stored.meta)),
+        Verdict::Good => {
+            open.check_soundness()?;
+            Ok((keys, stored.meta))
+        }
         Verdict::Damaged => Err(corrupt("meta", "the store")),
         Verdict::WrongRootKey => {
             let detail = format!("It belongs to another store than {}.", path.display());
