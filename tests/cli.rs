@@ -488,6 +488,26 @@ fn an_interrupted_run_leaves_no_file() {
 }
 
 #[test]
+fn a_run_under_nohup_outlives_its_terminal() {
+    let scratch = Scratch::with_key();
+    let keymill = env!("CARGO_BIN_EXE_keymill");
+    let script = format!("trap '' HUP; exec {keymill} generate --requests - --out keys.jsonl");
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]).current_dir(scratch.0.path()).stdin(Stdio::piped());
+    let mut child = command.env("KEYMILL_HOME", scratch.path("home")).spawn().unwrap();
+    let stdin = child.stdin.take();
+    while files(&scratch).is_empty() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let killed = Command::new("kill").args(["-HUP", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    thread::sleep(Duration::from_millis(700));
+    drop(stdin);
+    assert!(child.wait().unwrap().success());
+    assert_eq!(files(&scratch), ["keys.jsonl"]);
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_failure() {
     let scratch = Scratch::with_key();
     let mut child = scratch.command("generate --key alias/app --count 1000000").spawn().unwrap();
