@@ -50,15 +50,15 @@ pub(super) const TABLES: [(&str, &str); 6] = [
     (
         "keys",
         "CREATE TABLE keys (id TEXT NOT NULL PRIMARY KEY, spec TEXT NOT NULL, \
-         scheme TEXT NOT NULL, origin TEXT NOT NULL, description TEXT NOT NULL, created INTEGER NOT NULL, \
-         state TEXT NOT NULL, deletion_due INTEGER, rotation INTEGER, \
+         scheme TEXT NOT NULL, origin TEXT NOT NULL, description TEXT NOT NULL, \
+         created INTEGER NOT NULL, state TEXT NOT NULL, deletion_due INTEGER, rotation INTEGER, \
          last_rotation INTEGER NOT NULL, version_count INTEGER NOT NULL, mac BLOB NOT NULL) STRICT",
     ),
     (
         "versions",
         "CREATE TABLE versions (id TEXT NOT NULL PRIMARY KEY, \
-         key_id TEXT NOT NULL REFERENCES keys, ordinal INTEGER NOT NULL, created INTEGER NOT NULL, sealed BLOB NOT NULL, \
-         UNIQUE (key_id, ordinal)) STRICT",
+         key_id TEXT NOT NULL REFERENCES keys, ordinal INTEGER NOT NULL, \
+         created INTEGER NOT NULL, sealed BLOB NOT NULL, UNIQUE (key_id, ordinal)) STRICT",
     ),
     (
         "budgets",
