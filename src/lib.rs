@@ -72,7 +72,7 @@ pub use batch::result::{
     DataKey, DataKeyBatch, DataKeyRef, Decrypted, DecryptedBatch, DecryptedRef,
 };
 pub use cpu::{TIER_VARIABLE, Tier};
-pub use engine::{DueReport, Engine, EngineBuilder};
+pub use engine::{DueReport, DueWork, Engine, EngineBuilder};
 pub use error::{Error, ErrorKind, Fault, Result};
 pub use keys::{
     Alias, KeyId, KeyMetadata, KeySpec, KeyState, KeyVersionId, KeyVersionMetadata, Origin,

@@ -13,8 +13,8 @@ use std::{
 };
 
 use keymill::{
-    CreateKey, DecryptRequest, Engine, ErrorKind, GenerateDataKeyRequest, ImportKey, KeySpec,
-    KeyState, RootKey, RotationPeriod, Scheme,
+    CreateKey, DecryptRequest, DueWork, Engine, ErrorKind, GenerateDataKeyRequest, ImportKey,
+    KeySpec, KeyState, RootKey, RotationPeriod, Scheme,
 };
 
 const DAY: u64 = 86_400;
@@ -134,6 +134,24 @@ fn what_was_due_while_no_engine_ran_happens_when_one_opens() {
     let engine = open(&clock).open(&path, &root).unwrap();
     assert_eq!(engine.describe_key("alias/a").unwrap().versions.len(), 2);
     assert_eq!(engine.describe_key("alias/b").unwrap_err().kind(), ErrorKind::KeyNotFound);
+}
+
+#[test]
+fn due_work_waits_for_the_request_where_it_is_told_to() {
+    let home = tempfile::tempdir().unwrap();
+    let root = RootKey::from_bytes(&[5; 32]).unwrap();
+    let (clock, path) = (Clock::at_day(1000), home.path().join("keys.db"));
+    let builder = |clock: &Clock| {
+        let clock = clock.clone();
+        Engine::builder().clock(move || clock.now()).due_work(DueWork::OnRequest)
+    };
+    let engine = builder(&clock).create(&path, &root).unwrap();
+    engine.create_key(&CreateKey { rotation_period: days(7), ..named("alias/a") }).unwrap();
+    drop(engine);
+    clock.turn_to_day(1007);
+    let engine = builder(&clock).open(&path, &root).unwrap();
+    assert_eq!(engine.describe_key("alias/a").unwrap().versions.len(), 1);
+    assert_eq!(engine.run_due().unwrap().rotated.len(), 1);
 }
 
 #[test]

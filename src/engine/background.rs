@@ -11,7 +11,7 @@ use std::{
 
 use crossbeam::channel::{self, RecvTimeoutError, Sender};
 
-use super::{Engine, Shared};
+use super::{DueWork, Engine, Shared};
 use crate::{
     error::{Error, ErrorKind, Result},
     keys::KeyId,
@@ -118,7 +118,7 @@ impl Watcher {
             let mut failing = false;
             while stopped.recv_timeout(WATCH_INTERVAL) == Err(RecvTimeoutError::Timeout) {
                 note(&mut failing, shared.refresh_if_changed());
-                if Instant::now() >= due_at {
+                if shared.config.due_work == DueWork::ByItself && Instant::now() >= due_at {
                     shared.run_due_quietly();
                     due_at = Instant::now() + RUN_DUE_INTERVAL;
                 }

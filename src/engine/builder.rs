@@ -18,11 +18,28 @@ pub struct EngineBuilder {
     pool: Option<Arc<rayon::ThreadPool>>,
     lease_max: u64,
     initial_spent: u64,
+    due_work: DueWork,
+}
+
+/// When an engine executes due rotations and deletions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DueWork {
+    /// When it opens, and every minute.
+    #[default]
+    ByItself,
+    /// When [`Engine::run_due`] is called.
+    OnRequest,
 }
 
 impl Default for EngineBuilder {
     fn default() -> Self {
-        Self { clock: None, pool: None, lease_max: LEASE_MAX, initial_spent: 0 }
+        Self {
+            clock: None,
+            pool: None,
+            lease_max: LEASE_MAX,
+            initial_spent: 0,
+            due_work: DueWork::ByItself,
+        }
     }
 }
 
@@ -45,6 +62,12 @@ impl EngineBuilder {
     /// The clock by which keys are dated, rotated and deleted. The wall clock unless set.
     pub fn clock(mut self, clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
         self.clock = Some(Box::new(clock));
+        self
+    }
+
+    /// When due rotations and deletions are executed: by itself unless set.
+    pub fn due_work(mut self, when: DueWork) -> Self {
+        self.due_work = when;
         self
     }
 
@@ -102,7 +125,7 @@ impl EngineBuilder {
     }
 
     fn start(self, store: Box<dyn KeyStore>, rng: Rng, tier: Tier) -> Result<Engine> {
-        let Self { clock, pool, lease_max, initial_spent } = self;
+        let Self { clock, pool, lease_max, initial_spent, due_work } = self;
         if pool.as_ref().is_some_and(|pool| pool.current_num_threads() == 0) {
             return Err(Error::invalid("The thread pool has no threads."));
         }
@@ -112,7 +135,7 @@ impl EngineBuilder {
             true => Box::new(SystemTime::now),
             false => Box::new(|| SystemTime::UNIX_EPOCH),
         });
-        let config = Config { clock, pool, lease_max, initial_spent, background };
+        let config = Config { clock, pool, lease_max, initial_spent, due_work, background };
         Engine::start(store, rng, tier, config)
     }
 }

@@ -26,7 +26,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 pub use background::DueReport;
-pub use builder::EngineBuilder;
+pub use builder::{DueWork, EngineBuilder};
 
 use crate::{
     batch::run::FanOut,
@@ -90,6 +90,7 @@ struct Config {
     pool: Option<Arc<rayon::ThreadPool>>,
     lease_max: u64,
     initial_spent: u64,
+    due_work: DueWork,
     background: bool,
 }
 
@@ -176,7 +177,9 @@ impl Engine {
             initial_version_uses: AtomicU64::new(0),
         });
         shared.refresh()?;
-        shared.run_due_quietly();
+        if shared.config.due_work == DueWork::ByItself {
+            shared.run_due_quietly();
+        }
         let engine = Self(Arc::new(Handle { shared }));
         engine.process();
         Ok(engine)

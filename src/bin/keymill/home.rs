@@ -7,14 +7,9 @@ use std::{
     fs::{DirBuilder, File},
     io,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::SystemTime,
 };
 
-use keymill::{Alias, CreateKey, Engine, EngineBuilder, ErrorKind, RootKey};
+use keymill::{Alias, CreateKey, DueWork, Engine, EngineBuilder, ErrorKind, RootKey};
 
 use crate::failure::{Failure, Result, say};
 
@@ -63,15 +58,9 @@ impl Home {
     }
 
     /// Opens an engine that leaves due work to its caller: opening carries it out otherwise, and a later report has
-    /// nothing to tell. Until it is open, its clock stands at a time when nothing is due.
+    /// nothing to tell.
     pub(crate) fn open_before_due_work(&self) -> Result<Engine> {
-        let open = Arc::new(AtomicBool::new(false));
-        let clock = Arc::clone(&open);
-        let engine = self.open_with(Engine::builder().clock(move || {
-            if clock.load(Ordering::Relaxed) { SystemTime::now() } else { SystemTime::UNIX_EPOCH }
-        }))?;
-        open.store(true, Ordering::Relaxed);
-        Ok(engine)
+        self.open_with(Engine::builder().due_work(DueWork::OnRequest))
     }
 
     fn open_with(&self, builder: EngineBuilder) -> Result<Engine> {
