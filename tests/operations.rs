@@ -280,6 +280,16 @@ fn a_direct_version_gives_its_last_three_wraps_and_no_more() {
 }
 
 #[test]
+fn a_batch_that_is_refused_for_its_size_spends_no_wraps() {
+    let engine = Engine::builder().lease_max(0).in_memory().unwrap();
+    engine.create_key(&direct("alias/a")).unwrap();
+    let large = vec![GenerateDataKeyRequest::new("alias/a", 1024); 600_000];
+    let error = engine.generate_data_key_batch(&large).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LimitExceeded);
+    assert_eq!(engine.describe_key("alias/a").unwrap().versions[0].wraps_granted, 0);
+}
+
+#[test]
 fn an_advance_operation_goes_on_with_a_new_version_when_a_rotating_key_is_spent() {
     let engine = Engine::builder().initial_spent(LAST_THREE).in_memory().unwrap();
     for alias in ["alias/a", "alias/b"] {

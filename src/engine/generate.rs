@@ -298,10 +298,11 @@ impl Shared {
                     continue;
                 }
             }
+            groups.check_size()?;
             attempts.next();
             let last = attempts.is_empty();
             if let Some(groups) = self.lease_all(groups, operation, &ring, last) {
-                break groups.lay_out(requests)?;
+                break groups.lay_out(requests);
             }
         };
         if operation.form == Form::Raw {
