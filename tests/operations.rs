@@ -438,6 +438,15 @@ fn parameters_of_decrypt_have_their_own_errors() {
     engine.advance_decrypt(&noisy.key_id("alias/a")).unwrap();
     assert_eq!(kind(engine.advance_decrypt(&described.key_id("alias/b"))), InvalidParameter);
     assert_eq!(kind(engine.advance_decrypt(&described.key_id("alias/no"))), KeyNotFound);
+    // So it does when it is cut behind the id of its version: there is no second reading as a raw one.
+    for len in 39..advanced.ciphertext_blob().len() {
+        let cut = DecryptRequest::new(&advanced.ciphertext_blob()[..len]);
+        let noisy = DecryptRequest { algorithm: Some("AES_CBC"), ..cut.iv(b"short") };
+        for request in [cut, cut.key_id("alias/a"), noisy, noisy.key_id("alias/a")] {
+            assert_eq!(kind(engine.advance_decrypt(&request)), DecryptFailed, "{len}");
+        }
+        assert_eq!(kind(engine.advance_decrypt(&cut.key_id("alias/b"))), InvalidParameter, "{len}");
+    }
     // And `decrypt` reads it as raw.
     let raw_read = described.key_id("alias/a").iv(advanced.iv());
     assert_eq!(kind(engine.decrypt(&raw_read)), DecryptFailed);
