@@ -362,6 +362,14 @@ fn a_child_of_a_store_in_memory_is_refused_direct_wraps_alone() {
                 }
             }
         }
+        // A name that only the store could know is refused alone, too.
+        let unknown = GenerateDataKeyRequest::new("alias/absent", 32);
+        let batch = engine.advance_generate_data_key_batch(&[requests[1], unknown]).unwrap();
+        assert_eq!(batch.get(1).unwrap_err().kind(), ErrorKind::StoreUnavailable);
+        let good = DecryptRequest::new(batch.get(0).unwrap().ciphertext_blob());
+        let opened = engine.advance_decrypt_batch(&[good.key_id("alias/absent"), good]).unwrap();
+        assert_eq!(opened.get(0).unwrap_err().kind(), ErrorKind::StoreUnavailable);
+        assert!(opened.get(1).is_ok());
         let error = engine.create_key(&CreateKey::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
         Vec::new()

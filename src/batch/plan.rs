@@ -211,6 +211,17 @@ impl Groups {
         needs
     }
 
+    /// Refuses the items of unknown names with `error`: the store that may know them could not be asked. Their
+    /// neighbours go on.
+    pub(crate) fn refuse_unknown(&mut self, error: &Error) {
+        for refused in &mut self.refused {
+            if refused.kind() == ErrorKind::KeyNotFound {
+                let index = refused.index().expect("refused items have an index");
+                *refused = error.clone().with_index(index);
+            }
+        }
+    }
+
     /// Refuses, of each version in `shortfalls`, every item after the granted ones, in request order.
     pub(crate) fn refuse_beyond(&mut self, shortfalls: Vec<Shortfall>) {
         if shortfalls.is_empty() {
