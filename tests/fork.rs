@@ -599,6 +599,13 @@ fn parent_and_child_see_what_the_other_changes() {
     child.join();
 }
 
+/// How many descriptors of this process belong to `path`.
+fn open_files(path: &Path) -> usize {
+    let path = path.canonicalize().unwrap();
+    let descriptors = fs::read_dir("/proc/self/fd").unwrap().filter_map(Result::ok);
+    descriptors.filter(|entry| fs::read_link(entry.path()).is_ok_and(|to| to == path)).count()
+}
+
 #[test]
 fn a_child_that_drops_the_engine_takes_nothing_from_its_parent() {
     let home = tempfile::tempdir().unwrap();
@@ -613,6 +620,8 @@ fn a_child_that_drops_the_engine_takes_nothing_from_its_parent() {
             let engine = engine.take().unwrap();
             let made = if uses { make(&engine, 400, true) } else { Vec::new() };
             drop(engine);
+            // Nothing keeps it alive in the name of a thread that does not exist here.
+            assert_eq!(open_files(&home.path().join("keys.db")), 0);
             made
         });
         all.push(child.join());
