@@ -4,7 +4,7 @@
 //! [`ErrorKind`]; code, HTTP status and fault follow from it, the message names the value that was refused. Codes and
 //! the sentences at the head of messages are those of the KMS's instance API and OpenAPI pages.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, fmt, sync::Arc};
 
 use crate::request_id::RequestId;
 
@@ -154,9 +154,34 @@ pub struct Error(Box<Inner>);
 #[derive(Clone)]
 struct Inner {
     kind: ErrorKind,
-    detail: Cow<'static, str>,
+    detail: Detail,
     request_id: Option<RequestId>,
     index: Option<usize>,
+}
+
+/// The second sentence of a message. Shared, since one refusal may be that of a million items.
+#[derive(Clone)]
+enum Detail {
+    Fixed(&'static str),
+    Shared(Arc<str>),
+}
+
+impl Detail {
+    fn as_str(&self) -> &str {
+        match self {
+            Self::Fixed(text) => text,
+            Self::Shared(text) => text,
+        }
+    }
+}
+
+impl From<Cow<'static, str>> for Detail {
+    fn from(text: Cow<'static, str>) -> Self {
+        match text {
+            Cow::Borrowed(text) => Self::Fixed(text),
+            Cow::Owned(text) => Self::Shared(text.into()),
+        }
+    }
 }
 
 impl Error {
@@ -167,7 +192,8 @@ impl Error {
 
     /// An error whose message is the KMS's sentence followed by `detail`, which names the refused value.
     pub(crate) fn new(kind: ErrorKind, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self(Box::new(Inner { kind, detail: detail.into(), request_id: None, index: None }))
+        let detail = Detail::from(detail.into());
+        Self(Box::new(Inner { kind, detail, request_id: None, index: None }))
     }
 
     /// The error of an invalid parameter.
@@ -217,7 +243,7 @@ impl Error {
     /// The message: the KMS's sentence, then a sentence that names the refused value.
     pub fn message(&self) -> String {
         let Inner { kind, detail, .. } = &*self.0;
-        let sentence = kind.sentence();
+        let (sentence, detail) = (kind.sentence(), detail.as_str());
         if detail.is_empty() { sentence.to_owned() } else { format!("{sentence} {detail}") }
     }
 

@@ -1,7 +1,7 @@
 //! The request types. They borrow what the caller has, and are validated once, when an operation begins.
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, Shortened},
     keys::{KeySpec, RotationPeriod},
     limits::{AAD_LEN_MAX, DESCRIPTION_LEN_MAX, IV_LEN, NUMBER_OF_BYTES_MAX, NUMBER_OF_BYTES_MIN},
     wrap::Scheme,
@@ -112,7 +112,10 @@ impl<'a> DecryptRequest<'a> {
         if let Some(algorithm) =
             self.algorithm.filter(|name| !name.is_empty() && *name != ALGORITHM)
         {
-            return Err(Error::invalid(format!("Algorithm {algorithm:?} is not {ALGORITHM}.")));
+            return Err(Error::invalid(format!(
+                "Algorithm {:?} is not {ALGORITHM}.",
+                Shortened(algorithm)
+            )));
         }
         let iv = self.iv.ok_or_else(|| Error::invalid("Iv is missing."))?;
         iv.try_into()
@@ -233,6 +236,14 @@ mod tests {
             let request = GenerateDataKeyRequest::new("k", bytes).aad(&aad[..aad_len]);
             assert_eq!(request.check().is_ok(), good, "{bytes} {aad_len}");
         }
+    }
+
+    /// A batch makes one message an item, and all its items may share one long algorithm.
+    #[test]
+    fn a_long_algorithm_makes_no_long_message() {
+        let long = "x".repeat(1 << 20);
+        let request = DecryptRequest { algorithm: Some(&long), ..DecryptRequest::new(b"") };
+        assert!(request.check_raw().unwrap_err().message().len() < 400);
     }
 
     #[test]

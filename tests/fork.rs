@@ -362,6 +362,14 @@ fn a_child_of_a_store_in_memory_is_refused_direct_wraps_alone() {
                 }
             }
         }
+        // A name that only the store could know is refused alone, too.
+        let unknown = GenerateDataKeyRequest::new("alias/absent", 32);
+        let batch = engine.advance_generate_data_key_batch(&[requests[1], unknown]).unwrap();
+        assert_eq!(batch.get(1).unwrap_err().kind(), ErrorKind::StoreUnavailable);
+        let good = DecryptRequest::new(batch.get(0).unwrap().ciphertext_blob());
+        let opened = engine.advance_decrypt_batch(&[good.key_id("alias/absent"), good]).unwrap();
+        assert_eq!(opened.get(0).unwrap_err().kind(), ErrorKind::StoreUnavailable);
+        assert!(opened.get(1).is_ok());
         let error = engine.create_key(&CreateKey::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
         Vec::new()
@@ -591,6 +599,13 @@ fn parent_and_child_see_what_the_other_changes() {
     child.join();
 }
 
+/// How many descriptors of this process belong to `path`.
+fn open_files(path: &Path) -> usize {
+    let path = path.canonicalize().unwrap();
+    let descriptors = fs::read_dir("/proc/self/fd").unwrap().filter_map(Result::ok);
+    descriptors.filter(|entry| fs::read_link(entry.path()).is_ok_and(|to| to == path)).count()
+}
+
 #[test]
 fn a_child_that_drops_the_engine_takes_nothing_from_its_parent() {
     let home = tempfile::tempdir().unwrap();
@@ -605,6 +620,8 @@ fn a_child_that_drops_the_engine_takes_nothing_from_its_parent() {
             let engine = engine.take().unwrap();
             let made = if uses { make(&engine, 400, true) } else { Vec::new() };
             drop(engine);
+            // Nothing keeps it alive in the name of a thread that does not exist here.
+            assert_eq!(open_files(&home.path().join("keys.db")), 0);
             made
         });
         all.push(child.join());

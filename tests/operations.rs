@@ -298,6 +298,16 @@ fn a_direct_version_gives_its_last_three_wraps_and_no_more() {
 }
 
 #[test]
+fn a_batch_that_is_refused_for_its_size_spends_no_wraps() {
+    let engine = Engine::builder().lease_max(0).in_memory().unwrap();
+    engine.create_key(&direct("alias/a")).unwrap();
+    let large = vec![GenerateDataKeyRequest::new("alias/a", 1024); 600_000];
+    let error = engine.generate_data_key_batch(&large).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LimitExceeded);
+    assert_eq!(engine.describe_key("alias/a").unwrap().versions[0].wraps_granted, 0);
+}
+
+#[test]
 fn an_advance_operation_goes_on_with_a_new_version_when_a_rotating_key_is_spent() {
     let engine = Engine::builder().initial_spent(LAST_THREE).in_memory().unwrap();
     for alias in ["alias/a", "alias/b"] {
@@ -446,6 +456,15 @@ fn parameters_of_decrypt_have_their_own_errors() {
     engine.advance_decrypt(&noisy.key_id("alias/a")).unwrap();
     assert_eq!(kind(engine.advance_decrypt(&described.key_id("alias/b"))), InvalidParameter);
     assert_eq!(kind(engine.advance_decrypt(&described.key_id("alias/no"))), KeyNotFound);
+    // So it does when it is cut behind the id of its version: there is no second reading as a raw one.
+    for len in 39..advanced.ciphertext_blob().len() {
+        let cut = DecryptRequest::new(&advanced.ciphertext_blob()[..len]);
+        let noisy = DecryptRequest { algorithm: Some("AES_CBC"), ..cut.iv(b"short") };
+        for request in [cut, cut.key_id("alias/a"), noisy, noisy.key_id("alias/a")] {
+            assert_eq!(kind(engine.advance_decrypt(&request)), DecryptFailed, "{len}");
+        }
+        assert_eq!(kind(engine.advance_decrypt(&cut.key_id("alias/b"))), InvalidParameter, "{len}");
+    }
     // And `decrypt` reads it as raw.
     let raw_read = described.key_id("alias/a").iv(advanced.iv());
     assert_eq!(kind(engine.decrypt(&raw_read)), DecryptFailed);

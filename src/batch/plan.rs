@@ -211,6 +211,17 @@ impl Groups {
         needs
     }
 
+    /// Refuses the items of unknown names with `error`: the store that may know them could not be asked. Their
+    /// neighbours go on.
+    pub(crate) fn refuse_unknown(&mut self, error: &Error) {
+        for refused in &mut self.refused {
+            if refused.kind() == ErrorKind::KeyNotFound {
+                let index = refused.index().expect("refused items have an index");
+                *refused = error.clone().with_index(index);
+            }
+        }
+    }
+
     /// Refuses, of each version in `shortfalls`, every item after the granted ones, in request order.
     pub(crate) fn refuse_beyond(&mut self, shortfalls: Vec<Shortfall>) {
         if shortfalls.is_empty() {
@@ -237,17 +248,27 @@ impl Groups {
         }
     }
 
-    /// Gives every accepted item its slot and cuts the slots into chunks.
-    ///
-    /// # Errors
-    /// `LimitExceeded` if the results are larger than one call may return.
-    pub(crate) fn lay_out(mut self, requests: &[GenerateDataKeyRequest<'_>]) -> Result<Plan> {
+    /// Bytes of all data keys, and of all blobs.
+    fn lens(&self) -> (usize, usize) {
         let size = |of: fn(&Layout) -> usize| {
             self.groups.iter().map(|group| group.count * of(&group.layout)).sum::<usize>()
         };
-        let (dek_len, blob_len) = (size(|layout| layout.dek_len), size(|layout| layout.len()));
+        (size(|layout| layout.dek_len), size(|layout| layout.len()))
+    }
+
+    /// To be asked before wraps are leased: a batch that is refused must not spend any.
+    ///
+    /// # Errors
+    /// `LimitExceeded` if the results are larger than one call may return.
+    pub(crate) fn check_size(&self) -> Result<()> {
+        let (dek_len, blob_len) = self.lens();
+        check_output(dek_len + blob_len + self.accepted() * IV_LEN)
+    }
+
+    /// Gives every accepted item its slot and cuts the slots into chunks.
+    pub(crate) fn lay_out(mut self, requests: &[GenerateDataKeyRequest<'_>]) -> Plan {
+        let (dek_len, blob_len) = self.lens();
         let slot_count = self.accepted();
-        check_output(dek_len + blob_len + slot_count * IV_LEN)?;
 
         let (slots, item_of_slot) = self.place();
         self.refused.sort_unstable_by_key(Error::index);
@@ -265,7 +286,7 @@ impl Groups {
         };
         plan.cut(requests);
         plan.choose_sources();
-        Ok(plan)
+        plan
     }
 
     /// Slots by counting: where each group begins, then one pass over the items.

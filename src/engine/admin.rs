@@ -8,7 +8,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     keys::{
         Alias, KeyId, KeyMetadata, KeyRecord, KeySpec, KeyState, KeyVersionId, Origin,
-        RotationPeriod, VersionRecord, alias::AliasChange,
+        RotationPeriod, UnixSeconds, VersionRecord, alias::AliasChange,
     },
     request::{CreateKey, ImportKey, check_description, check_scheme},
     secret::Material,
@@ -183,7 +183,7 @@ impl Engine {
         self.process();
         let shared = self.shared();
         let alias = alias.map(Alias::parse).transpose()?;
-        let version = shared.new_version(&record, 0, material)?;
+        let version = shared.new_version(&record, 0, record.created, material)?;
         let id = record.id;
         shared.store.create(&NewKey { record, version, alias })?;
         shared.refresh()?;
@@ -232,6 +232,8 @@ impl Shared {
         wanted: impl Fn(&KeyRecord) -> bool,
     ) -> Result<bool> {
         let mut rotated = false;
+        // Outside the transaction: the clock is the caller's code, and may wait for whoever waits for the store.
+        let now = self.now();
         self.store.change(id, &mut |record| {
             rotated = wanted(record);
             if !rotated {
@@ -239,7 +241,7 @@ impl Shared {
             }
             record.check_rotatable()?;
             let material = self.new_material(record.spec)?;
-            let version = self.new_version(record, record.version_count, material)?;
+            let version = self.new_version(record, record.version_count, now, material)?;
             let mut record = record.clone();
             record.last_rotation = version.created;
             record.version_count = record.version_count.checked_add(1).ok_or_else(|| {
@@ -280,12 +282,13 @@ impl Shared {
         &self,
         record: &KeyRecord,
         ordinal: u32,
+        created: UnixSeconds,
         material: Material,
     ) -> Result<VersionRecord> {
         Ok(VersionRecord {
             id: KeyVersionId::generate(&record.id, &self.rng)?,
             ordinal,
-            created: self.now(),
+            created,
             material,
             spent: match record.scheme {
                 Scheme::Direct => self.config.initial_spent,

@@ -119,14 +119,20 @@ impl Shared {
     ) -> Result<DecryptedBatch> {
         let base = self.new_request_id()?;
         let mut ring = self.ring.load_full();
+        // A store that cannot be asked refuses the items that need it, not their neighbours.
+        let mut unasked = None;
         if requests.iter().any(|request| open::wants_newer_ring(request, &ring, reading)) {
-            self.refresh_if_changed()?;
+            unasked = self.refresh_if_changed().err();
             ring = self.ring.load_full();
         }
+        let resolve = |index, request| match &unasked {
+            Some(error) if open::wants_newer_ring(request, &ring, reading) => Err(error.clone()),
+            _ => open::resolve(request, index, &ring, reading),
+        };
         let mut items = Vec::with_capacity(requests.len());
         let mut refused = Vec::new();
         for (index, request) in requests.iter().enumerate() {
-            match open::resolve(request, index, &ring, reading) {
+            match resolve(index, request) {
                 Ok(item) => items.push(item),
                 Err(error) => refused.push(error.with_index(index)),
             }

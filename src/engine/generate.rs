@@ -287,21 +287,26 @@ impl Shared {
         operation: Operation,
     ) -> Result<DataKeyBatch> {
         let mut refreshed = false;
+        let mut unasked = None;
         let mut attempts = 1..=ATTEMPTS;
         let plan = loop {
             let ring = self.ring.load_full();
-            let (groups, unknown) = Groups::resolve(requests, &ring, operation);
+            let (mut groups, unknown) = Groups::resolve(requests, &ring, operation);
             if unknown && !refreshed {
                 refreshed = true;
-                self.refresh_if_changed()?;
+                unasked = self.refresh_if_changed().err();
                 if self.ring.load().changes != ring.changes {
                     continue;
                 }
             }
+            if let Some(error) = &unasked {
+                groups.refuse_unknown(error);
+            }
+            groups.check_size()?;
             attempts.next();
             let last = attempts.is_empty();
             if let Some(groups) = self.lease_all(groups, operation, &ring, last) {
-                break groups.lay_out(requests)?;
+                break groups.lay_out(requests);
             }
         };
         if operation.form == Form::Raw {

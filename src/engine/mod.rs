@@ -258,6 +258,9 @@ impl Drop for Handle {
             }
             self.shared.return_leases();
         }
+        // Not left to the drop of `shared`: in a child the background thread of the parent holds it for ever.
+        self.shared.ring.store(Arc::default());
+        self.shared.store.close();
     }
 }
 

@@ -106,6 +106,9 @@ pub(crate) trait KeyStore: Send + Sync {
     /// Takes back wraps that were granted to this process and not used.
     fn give_back(&self, version: &KeyVersionId, unused: u64) -> Result<()>;
 
+    /// Lets go of the file. Nothing is asked of the store afterwards.
+    fn close(&self) {}
+
     /// What and where the store is, for people.
     fn describe(&self) -> String;
 }

@@ -338,10 +338,14 @@ fn change_budget<T>(
     let (after, answer) = decide(before);
     if after != before {
         let after = after.cast_signed();
-        sqlite.execute(
+        let written = sqlite.execute(
             "UPDATE budgets SET spent = ?2, mac = ?3 WHERE version_id = ?1",
             params![id, after, &budget_mac(keys, id, after)[..]],
         )?;
+        // Nothing is granted that was not counted, whatever became of the table since it was checked.
+        if written != 1 {
+            return Err(corrupt("budgets", id));
+        }
     }
     Ok(answer)
 }

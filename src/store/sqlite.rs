@@ -55,6 +55,7 @@ struct Inner {
     connection: PerProcess<Mutex<Option<Open>>>,
     /// Whether a key was deleted whose traces could not be erased yet.
     erasure_owed: AtomicBool,
+    closed: AtomicBool,
 }
 
 impl SqliteStore {
@@ -109,6 +110,7 @@ impl SqliteStore {
             rng: Rng::Os(tier),
             connection: PerProcess::empty(),
             erasure_owed: AtomicBool::new(meta.erased != meta.deleted),
+            closed: AtomicBool::new(false),
         }));
         // Before it has a connection, so that no fork meets one that nobody closes. Takes the gate, so not under ours.
         let inner: Weak<Inner> = Arc::downgrade(&store.0);
@@ -164,13 +166,7 @@ impl SqliteStore {
 
 impl Drop for SqliteStore {
     fn drop(&mut self) {
-        // In a child that has not used the store, or must not, there is nothing to close.
-        let Some(connection) = self.0.connection.get() else { return };
-        let Ok(_gate) = Gate::enter(&self.0.path) else { return };
-        // A connection that a fork closed left the log beside the file; people copy the file alone.
-        if let Some(open) = lock(&connection).take().or_else(|| self.0.reopen().ok()) {
-            open.close_cleanly();
-        }
+        self.close();
     }
 }
 
@@ -338,6 +334,19 @@ impl KeyStore for SqliteStore {
 
     fn give_back(&self, version: &KeyVersionId, unused: u64) -> Result<()> {
         self.write(|sqlite, inner| rows::give_back(sqlite, &inner.keys, version, unused))
+    }
+
+    fn close(&self) {
+        // In a child that has not used the store, or must not, there is nothing to close.
+        let Some(connection) = self.0.connection.get() else { return };
+        let Ok(_gate) = Gate::enter(&self.0.path) else { return };
+        if self.0.closed.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        // A connection that a fork closed left the log beside the file; people copy the file alone.
+        if let Some(open) = lock(&connection).take().or_else(|| self.0.reopen().ok()) {
+            open.close_cleanly();
+        }
     }
 
     fn describe(&self) -> String {

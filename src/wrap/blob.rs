@@ -85,12 +85,13 @@ const IV_AT: Range<usize> = VERSION_AT.end..VERSION_AT.end + IV_LEN;
 /// The 36 bytes at the place of the version id, and the IV, if `blob` begins as a self-describing one. Whether the
 /// bytes are an id and name a version that exists, and so whether the blob is self-describing at all, is for the caller
 /// to look up.
+///
+/// The magic and the id alone decide: a blob that ends within its IV is a self-describing one that was cut, which
+/// [`cut`] refuses, and must not be read as a raw one. Its IV is given as zeros.
 pub(crate) fn head(blob: &[u8]) -> Option<([u8; KEY_VERSION_ID_LEN], [u8; IV_LEN])> {
-    if blob.len() < BLOB_HEAD_LEN || blob[..BLOB_MAGIC_LEN] != MAGIC {
-        return None;
-    }
-    let version = blob[VERSION_AT].try_into().expect("KEY_VERSION_ID_LEN");
-    Some((version, blob[IV_AT].try_into().expect("IV_LEN")))
+    let version = blob.get(VERSION_AT).filter(|_| blob.starts_with(&MAGIC))?;
+    let iv = blob.get(IV_AT).map(|iv| iv.try_into().expect("IV_LEN"));
+    Some((version.try_into().expect("KEY_VERSION_ID_LEN"), iv.unwrap_or_default()))
 }
 
 /// Whether a blob begins as a self-describing one, cut or not.
@@ -169,8 +170,12 @@ mod tests {
         layout.write_head(&mut blob, &[0xff; KEY_VERSION_ID_LEN], &[1; 12], &[0; 12]);
         // Not an id, not even text: for the caller to say.
         assert_eq!(head(&blob), Some(([0xff; KEY_VERSION_ID_LEN], [1; 12])));
-        for len in 0..BLOB_HEAD_LEN {
+        for len in 0..VERSION_AT.end {
             assert_eq!(head(&blob[..len]), None, "{len}");
+        }
+        for len in VERSION_AT.end..BLOB_HEAD_LEN {
+            assert_eq!(head(&blob[..len]), Some(([0xff; KEY_VERSION_ID_LEN], [0; 12])), "{len}");
+            assert!(cut(&blob[..len], Form::SelfDescribing, Scheme::Direct).is_none());
         }
         for bit in 0..8 * BLOB_MAGIC_LEN {
             let mut other = blob.clone();
