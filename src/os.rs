@@ -83,6 +83,10 @@ pub(crate) fn is_forked() -> bool {
 
 /// Whether generator and wrapping states may outlive a call: true where a fork is detected.
 pub(crate) fn can_keep_state() -> bool {
+    #[cfg(test)]
+    if tests::NO_MARK.get() {
+        return false;
+    }
     MARK.get_or_init(map_mark).is_some()
 }
 
@@ -442,8 +446,22 @@ extern "C" fn after_fork() {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    thread_local! {
+        /// Whether this thread plays a system without the mark.
+        pub(crate) static NO_MARK: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// Runs `work` as on a system that cannot tell a fork.
+    pub(crate) fn without_mark(work: impl FnOnce()) {
+        NO_MARK.set(true);
+        work();
+        NO_MARK.set(false);
+    }
 
     struct Secret([u8; 100], #[expect(dead_code, reason = "makes padding")] u8);
 

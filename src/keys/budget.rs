@@ -93,6 +93,16 @@ mod tests {
     }
 
     #[test]
+    fn where_forks_cannot_be_told_no_lease_is_kept() {
+        os::tests::without_mark(|| {
+            let lease = Lease::default();
+            assert_eq!(lease.next_surplus(LEASE_MAX), 0);
+            lease.add(7, os::generation());
+            assert_eq!(lease.take(5), 0);
+        });
+    }
+
+    #[test]
     fn surplus_doubles_up_to_its_maximum() {
         let lease = Lease::default();
         let sizes: Vec<_> = (0..30).map(|_| lease.next_surplus(LEASE_MAX)).collect();

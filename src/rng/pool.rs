@@ -176,6 +176,19 @@ mod tests {
     }
 
     #[test]
+    fn where_forks_cannot_be_told_nothing_rests_in_a_pool() {
+        let fresh_thread = std::thread::spawn(|| {
+            os::tests::without_mark(|| {
+                let (mut one, mut other) = ([0; 32], [0; 32]);
+                fill(Tier::Portable, &mut [&mut one, &mut other]).unwrap();
+                assert!(one != other && one != [0; 32]);
+                POOL.with_borrow(|pool| assert!(pool.is_none()));
+            });
+        });
+        fresh_thread.join().unwrap();
+    }
+
+    #[test]
     fn a_spent_pool_is_seeded_anew() {
         let mut slot = None;
         let pool = ready(&mut slot, os::generation()).unwrap();

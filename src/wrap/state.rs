@@ -207,6 +207,16 @@ mod tests {
     }
 
     #[test]
+    fn where_forks_cannot_be_told_no_state_is_kept() {
+        let ((root, states), rng) = (set_up(), Rng::Os(Tier::Portable));
+        os::tests::without_mark(|| {
+            let salt = || states.reserve(&root, &rng, 1).unwrap().salt;
+            assert_ne!(salt(), salt());
+            assert_eq!(states.kept(), 0);
+        });
+    }
+
+    #[test]
     fn resting_slots_keep_nothing() {
         let ((root, states), rng) = (set_up(), Rng::Os(Tier::Portable));
         states.reserve(&root, &rng, 1).unwrap();
