@@ -134,16 +134,18 @@ impl SqliteStore {
         })
     }
 
-    /// Runs a write transaction, which is undone if `work` fails or panics.
+    /// Runs a write transaction, which is undone if `work` fails or panics. Then pays an erasure that is owed.
     fn write<T>(&self, work: impl FnOnce(&Connection, &Inner) -> Outcome<T>) -> Result<T> {
         self.0.with(|inner, open| {
-            let transaction =
-                open.sqlite.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            let answer = work(&transaction, inner)?;
-            transaction.commit()?;
+            let answer = inner.transact(open, work)?;
             inner.erase(open);
             Ok(answer)
         })
+    }
+
+    /// Counts wraps. Data keys wait for this, so it pays no erasure: that may wait long for a reader.
+    fn count<T>(&self, work: impl FnOnce(&Connection, &Inner) -> Outcome<T>) -> Result<T> {
+        self.0.with(|inner, open| inner.transact(open, work))
     }
 }
 
@@ -158,6 +160,7 @@ impl SqliteStore {
             meta.keys -= 1;
             meta.deleted += 1;
             meta.changed(&transaction, &inner.keys)?;
+            inner.erasure_owed.store(true, Ordering::Relaxed);
             Ok(transaction.commit()?)
         });
         deleted.unwrap();
@@ -204,8 +207,19 @@ impl Inner {
         Ok(open)
     }
 
+    fn transact<T>(
+        &self,
+        open: &mut Open,
+        work: impl FnOnce(&Connection, &Self) -> Outcome<T>,
+    ) -> Outcome<T> {
+        let transaction = open.sqlite.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let answer = work(&transaction, self)?;
+        transaction.commit()?;
+        Ok(answer)
+    }
+
     /// Erases what deleted keys left in the file, if that is owed. The deletion itself is done, so a failure is no
-    /// error: it is tried again after every write, and when the store is opened.
+    /// error: it is tried again after every change of keys or aliases, and when the store is opened.
     fn erase(&self, open: &mut Open) {
         if !self.erasure_owed.load(Ordering::Relaxed) {
             return;
@@ -329,11 +343,11 @@ impl KeyStore for SqliteStore {
     }
 
     fn lease(&self, version: &KeyVersionId, request: LeaseRequest) -> Result<Grant> {
-        self.write(|sqlite, inner| rows::lease(sqlite, &inner.keys, version, request))
+        self.count(|sqlite, inner| rows::lease(sqlite, &inner.keys, version, request))
     }
 
     fn give_back(&self, version: &KeyVersionId, unused: u64) -> Result<()> {
-        self.write(|sqlite, inner| rows::give_back(sqlite, &inner.keys, version, unused))
+        self.count(|sqlite, inner| rows::give_back(sqlite, &inner.keys, version, unused))
     }
 
     fn close(&self) {

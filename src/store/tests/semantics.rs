@@ -333,6 +333,22 @@ fn an_erasure_that_a_crash_prevented_is_made_good() {
     assert!(again.load().unwrap().keys.is_empty());
 }
 
+/// Data keys wait for a lease, and an erasure for readers of other programs.
+#[test]
+fn a_lease_pays_no_erasure_and_the_next_change_does() {
+    let (scratch, store) = Scratch::new();
+    let (gone, stays) = (direct(), direct());
+    store.create(&gone).unwrap();
+    store.create(&stays).unwrap();
+    store.delete_without_erasing(&gone.record.id);
+    let raw = scratch.raw();
+    store.lease(&stays.version.id, LeaseRequest { need: 1, surplus: 4 }).unwrap();
+    store.give_back(&stays.version.id, 4).unwrap();
+    assert_eq!(owed(&raw), 1);
+    store.create(&direct()).unwrap();
+    assert_eq!(owed(&raw), 0);
+}
+
 fn owed(raw: &rusqlite::Connection) -> i64 {
     raw.query_row("SELECT deleted - erased FROM meta", [], |row| row.get(0)).unwrap()
 }
