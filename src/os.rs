@@ -267,28 +267,39 @@ fn lock_pages(start: *const u8, len: usize) {
     }
 }
 
+/// Maps a region of locked pages and cuts it into slots.
+///
+/// # Errors
+/// `Machine` if there is no memory.
+fn new_region(size: usize) -> Result<Vec<usize>> {
+    let len = size.max(REGION_LEN).next_multiple_of(page_len());
+    let region = map_pages(len).ok_or_else(|| {
+        Error::new(ErrorKind::Machine, "The system gave no memory for locked pages.")
+    })?;
+    lock_pages(region.as_ptr(), len);
+    #[cfg(target_os = "linux")]
+    // SAFETY: the range is the mapping just made; the advice changes no memory.
+    unsafe {
+        libc::madvise(region.as_ptr().cast(), len, libc::MADV_DONTDUMP);
+    }
+    let start = region.as_ptr().expose_provenance();
+    REGIONS.rcu(|known| known.iter().copied().chain([(start, len)]).collect::<Vec<_>>());
+    Ok((0..len / size).map(|slot| start + slot * size).collect())
+}
+
 impl Slab {
     /// # Errors
     /// `Machine` if there is no memory.
     fn take(&self, size: usize) -> Result<NonNull<u8>> {
-        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let slots = free.entry(size).or_default();
-        if slots.is_empty() {
-            let len = size.max(REGION_LEN).next_multiple_of(page_len());
-            let region = map_pages(len).ok_or_else(|| {
-                Error::new(ErrorKind::Machine, "The system gave no memory for locked pages.")
-            })?;
-            lock_pages(region.as_ptr(), len);
-            #[cfg(target_os = "linux")]
-            // SAFETY: the range is the mapping just made; the advice changes no memory.
-            unsafe {
-                libc::madvise(region.as_ptr().cast(), len, libc::MADV_DONTDUMP);
-            }
-            let start = region.as_ptr().expose_provenance();
-            REGIONS.rcu(|known| known.iter().copied().chain([(start, len)]).collect::<Vec<_>>());
-            slots.extend((0..len / size).map(|slot| start + slot * size));
+        let free = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = free().entry(size).or_default().pop();
+        if slot.is_none() {
+            // Without the lock: a logger may be called, and it may be anybody's code.
+            let mut slots = new_region(size)?;
+            slot = slots.pop();
+            free().entry(size).or_default().append(&mut slots);
         }
-        let address = slots.pop().expect("a region holds at least one slot");
+        let address = slot.expect("a region holds at least one slot");
         Ok(NonNull::new(ptr::with_exposed_provenance_mut(address)).expect("not at null"))
     }
 

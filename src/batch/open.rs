@@ -6,9 +6,13 @@
 
 use std::sync::Arc;
 
-use zeroize::Zeroizing;
+use zeroize::{Zeroizing, zeroize_stack};
 
-use super::{NO_SLOT, Slots, check_output, result::RunRecord, run::FanOut};
+use super::{
+    NO_SLOT, Slots, check_output,
+    result::RunRecord,
+    run::{CHUNK_STACK_LEN, FanOut},
+};
 use crate::{
     error::{Error, ErrorKind, Result},
     kernel::{self, GcmKey, Iv, Keys},
@@ -51,6 +55,7 @@ impl Item<'_> {
         let mut verdict = [false];
         let chunk = OpenChunk { items: std::slice::from_ref(self), out, verdicts: &mut verdict };
         open_chunk(chunk);
+        zeroize_stack::<CHUNK_STACK_LEN>();
         verdict[0]
     }
 }
@@ -201,7 +206,10 @@ impl<'a> OpenPlan<'a> {
         let mut arena = SecretArena::zeroed(self.dek_len)?;
         let mut verdicts = vec![false; self.items.len()];
         let work = self.cut(arena.as_mut_slice(), &mut verdicts);
-        fan_out.for_each(self.items.len(), work, |chunk| open_chunk(chunk));
+        fan_out.for_each(self.items.len(), work, |chunk| {
+            open_chunk(chunk);
+            zeroize_stack::<CHUNK_STACK_LEN>();
+        });
 
         let mut map = vec![NO_SLOT; self.item_count];
         for ((item, verdict), slot) in self.items.iter().zip(&verdicts).zip(0..) {
@@ -268,6 +276,8 @@ struct OpenChunk<'a> {
     verdicts: &'a mut [bool],
 }
 
+/// In a frame of its own, so that the whole of it can be overwritten afterwards.
+#[inline(never)]
 fn open_chunk(chunk: OpenChunk<'_>) {
     let OpenChunk { items, mut out, mut verdicts } = chunk;
     for run in items.chunk_by(|a, b| a.dek_len == b.dek_len) {

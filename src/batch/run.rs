@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use zeroize::Zeroizing;
+use zeroize::{Zeroizing, zeroize_stack};
 
 use super::plan::{Chunk, Plan, Segment, Source};
 use crate::{
@@ -81,6 +81,7 @@ pub(crate) fn run(job: &Job<'_>, columns: Columns<'_>, fan_out: FanOut<'_>) {
     let work = cut(job.plan, columns);
     fan_out.for_each(job.plan.slot_count, work, |(number, chunk, columns)| {
         run_chunk(job, number, chunk, columns);
+        zeroize_stack::<CHUNK_STACK_LEN>();
     });
 }
 
@@ -102,6 +103,11 @@ fn split_off<'a>(column: &mut &'a mut [u8], len: usize) -> &'a mut [u8] {
     column.split_off_mut(..len).expect("the chunks' lengths add up to the column's")
 }
 
+/// More stack than the set-up of a chunk's keys uses.
+pub(super) const CHUNK_STACK_LEN: usize = 8192;
+
+/// In a frame of its own, so that the whole of it can be overwritten afterwards.
+#[inline(never)]
 fn run_chunk(job: &Job<'_>, number: u64, chunk: &Chunk, columns: Columns<'_>) {
     let start = rng::chunk_start(job.tier, job.seed, number);
     let mut scratch = Zeroizing::new(Vec::new());

@@ -8,7 +8,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     keys::{
         Alias, KeyId, KeyMetadata, KeyRecord, KeySpec, KeyState, KeyVersionId, Origin,
-        RotationPeriod, UnixSeconds, VersionRecord, alias::AliasChange,
+        RotationPeriod, StoredKey, UnixSeconds, VersionRecord, alias::AliasChange,
     },
     request::{CreateKey, ImportKey, check_description, check_scheme},
     secret::Material,
@@ -59,9 +59,7 @@ impl Engine {
     pub fn describe_key(&self, name: &str) -> Result<KeyMetadata> {
         self.process();
         let id = self.shared().find(name)?.record.id;
-        let stored = self.shared().store.load()?.keys;
-        let found = stored.iter().find(|key| key.record.id == id);
-        found.map(crate::keys::StoredKey::metadata).ok_or_else(|| Error::key_not_found(name))
+        metadata_of(&self.shared().store.load()?.keys, &id)
     }
 
     /// Describes every KEK, oldest first.
@@ -71,7 +69,7 @@ impl Engine {
     pub fn list_keys(&self) -> Result<Vec<KeyMetadata>> {
         self.process();
         let stored = self.shared().store.load()?.keys;
-        Ok(stored.iter().map(crate::keys::StoredKey::metadata).collect())
+        Ok(stored.iter().map(StoredKey::metadata).collect())
     }
 
     /// Gives a KEK a new primary version. Everything wrapped before still opens; `generate_data_key` goes on with the
@@ -184,10 +182,15 @@ impl Engine {
         let shared = self.shared();
         let alias = alias.map(Alias::parse).transpose()?;
         let version = shared.new_version(&record, 0, record.created, material)?;
-        let id = record.id;
-        shared.store.create(&NewKey { record, version, alias })?;
-        shared.refresh()?;
-        self.describe_key(id.as_str())
+        let key = NewKey { record, version, alias };
+        shared.store.create(&key)?;
+        // It exists now: what fails from here on is for later calls to meet.
+        if let Err(error) = shared.refresh() {
+            log::warn!("key {} was created, but the store cannot be read: {error}", key.record.id);
+        }
+        let NewKey { record, version, alias } = key;
+        let versions = vec![version];
+        Ok(StoredKey { record, versions, aliases: alias.into_iter().collect() }.metadata())
     }
 
     fn change(
@@ -204,8 +207,7 @@ impl Engine {
             let same = changed == *record;
             Ok(if same { KeyChange::Keep } else { KeyChange::Save(changed, None) })
         })?;
-        shared.refresh()?;
-        self.describe_key(id.as_str())
+        metadata_of(&shared.refresh()?, &id)
     }
 
     fn change_alias(
@@ -217,8 +219,13 @@ impl Engine {
         let shared = self.shared();
         let alias = Alias::parse(alias)?;
         shared.store.change_alias(&alias, change(shared)?)?;
-        shared.refresh()
+        shared.refresh().map(drop)
     }
+}
+
+fn metadata_of(stored: &[StoredKey], id: &KeyId) -> Result<KeyMetadata> {
+    let found = stored.iter().find(|key| key.record.id == *id);
+    found.map(StoredKey::metadata).ok_or_else(|| Error::key_not_found(id.as_str()))
 }
 
 impl Shared {

@@ -32,7 +32,7 @@ use crate::{
     batch::run::FanOut,
     cpu::Tier,
     error::{Error, Result},
-    keys::{UnixSeconds, ring::Ring},
+    keys::{StoredKey, UnixSeconds, ring::Ring},
     os::{self, Current, Generation, PerProcess},
     request_id::RequestId,
     rng::Rng,
@@ -205,19 +205,22 @@ impl Shared {
         now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
     }
 
-    /// Reads the store and replaces the ring.
-    fn refresh(&self) -> Result<()> {
+    /// Reads the store and replaces the ring. Returns what was read.
+    fn refresh(&self) -> Result<Vec<StoredKey>> {
         let process = self.process();
         let _alone = process.refresh.lock().unwrap_or_else(PoisonError::into_inner);
         let image = self.store.load()?;
         let ring = Ring::build(image.changes, &image.keys, &self.ring.load(), self.tier)?;
         self.ring.store(Arc::new(ring));
-        Ok(())
+        Ok(image.keys)
     }
 
     /// Replaces the ring if the store has changed since it was read.
     fn refresh_if_changed(&self) -> Result<()> {
-        if self.store.changes()? == self.ring.load().changes { Ok(()) } else { self.refresh() }
+        if self.store.changes()? == self.ring.load().changes {
+            return Ok(());
+        }
+        self.refresh().map(drop)
     }
 
     /// A child has no workers of its parent's pools, so it works on the caller's thread.

@@ -42,6 +42,8 @@ impl Shared {
                 self.replace_spent(key, version);
             }
             if used < need {
+                // Another thread may have got the last ones as its surplus.
+                got += version.lease.take(want - got);
                 break;
             }
         }
