@@ -330,23 +330,19 @@ thread_local! {
     static HELD: RefCell<Option<RwLockWriteGuard<'static, ()>>> = const { RefCell::new(None) };
 }
 
-/// Proof that no `fork` of this process goes on.
-pub(crate) struct ForkGate(#[expect(dead_code, reason = "held for its drop")] GateGuard);
+/// Holds off every `fork` of this process while the guard lives.
+pub(crate) fn fork_gate() -> RwLockReadGuard<'static, ()> {
+    GATE.read().unwrap_or_else(PoisonError::into_inner)
+}
 
-type GateGuard = RwLockReadGuard<'static, ()>;
-
-/// Holds off every `fork` of this process while the guard lives. A thread must not take it twice.
-pub(crate) fn fork_gate() -> ForkGate {
+/// Registers something to be asked to rest before every fork from now on.
+pub(crate) fn quiesce_before_fork(what: Weak<dyn Quiesce>) {
     static HANDLERS: OnceLock<()> = OnceLock::new();
     HANDLERS.get_or_init(|| {
         // SAFETY: the three handlers are functions of the signature that the call wants, and live for ever.
         unsafe { libc::pthread_atfork(Some(before_fork), Some(after_fork), Some(after_fork)) };
     });
-    ForkGate(GATE.read().unwrap_or_else(PoisonError::into_inner))
-}
-
-/// Registers something to be asked to rest before every fork from now on: before the gate opens again.
-pub(crate) fn quiesce_before_fork(what: Weak<dyn Quiesce>, _gate: &ForkGate) {
+    let _gate = fork_gate();
     let mut list = QUIESCED.lock().unwrap_or_else(PoisonError::into_inner);
     list.retain(|entry| entry.strong_count() > 0);
     list.push(what);

@@ -126,6 +126,12 @@ fn imported_before() -> Error {
 
 #[cfg(test)]
 mod tests {
+    mod failures;
+    mod forks;
+    mod helpers;
+    mod semantics;
+    mod tampering;
+
     use super::*;
     use crate::limits::WRAPS_PER_VERSION_MAX;
 

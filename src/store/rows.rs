@@ -122,7 +122,7 @@ impl StoredMeta {
         let row = sqlite
             .query_row(
                 "SELECT store_id, check_value, changes, keys, aliases, fingerprints, deleted, erased, \
-                 mac FROM meta",
+                 mac FROM meta WHERE one = 1",
                 [],
                 |row| {
                     Ok((

@@ -16,7 +16,11 @@
 
 use std::{
     path::Path,
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    sync::{
+        RwLockReadGuard,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
     time::Duration,
 };
 
@@ -25,13 +29,14 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig, ffi
 use super::seal::FORMAT;
 use crate::{
     error::{Error, ErrorKind},
-    os::{ForkGate, PerProcess},
+    os::{self, Current, PerProcess},
 };
 
 /// `PRAGMA application_id` of our files: "kMIL".
 pub(super) const APPLICATION_ID: i32 = 0x6b4d_494c;
-/// How long to wait for another process's transaction.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often, and how many times, to look whether another process's transaction is over: for ten seconds.
+const BUSY_PAUSE: Duration = Duration::from_millis(2);
+const BUSY_TRIES: i32 = 5000;
 
 /// The statements that make the tables, as SQLite keeps them in its schema.
 pub(super) const TABLES: [(&str, &str); 6] = [
@@ -140,7 +145,7 @@ struct Sqlite {
 
 static SQLITE: PerProcess<Sqlite> = PerProcess::empty();
 
-fn sqlite() -> crate::os::Current<Sqlite> {
+fn sqlite() -> Current<Sqlite> {
     SQLITE.get_or(|inherited| {
         let poisoned = inherited.is_some_and(|sqlite| {
             sqlite.uses.load(Ordering::SeqCst) > 0 || sqlite.inherited.load(Ordering::SeqCst)
@@ -149,30 +154,37 @@ fn sqlite() -> crate::os::Current<Sqlite> {
     })
 }
 
-/// Refuses to go on in a process whose SQLite was inherited in use: its locks, its table of open files and its mutexes
-/// belong to the parent, and so may the fork gate. So this comes before the gate.
-///
-/// # Errors
-/// `StoreUnavailable`.
-pub(super) fn check_own(path: &Path) -> Result<(), Error> {
-    if !sqlite().inherited.load(Ordering::SeqCst) {
-        return Ok(());
-    }
-    let detail = format!(
-        "This process was cloned without the handlers of fork() while a store was open, so it cannot use stores. Use \
-         fork(), or close every store before the clone. ({})",
-        path.display()
-    );
-    Err(Error::new(ErrorKind::StoreUnavailable, detail))
+/// A use of SQLite: the fork gate, and a mark by which a clone made meanwhile, without the handlers of `fork`, knows
+/// that its copy of SQLite is good for nothing.
+pub(super) struct Gate {
+    // Dropped in this order. Whoever waits at the gate is not counted: a fork may happen while it waits.
+    _use: Use,
+    _gate: RwLockReadGuard<'static, ()>,
 }
 
-/// Counts a use of SQLite, so that a clone made meanwhile knows that its copy of SQLite is good for nothing.
-pub(super) struct Use(crate::os::Current<Sqlite>);
+impl Gate {
+    /// # Errors
+    /// `StoreUnavailable` in a process whose SQLite was inherited in use: its locks, its table of open files and its
+    /// mutexes belong to the parent.
+    pub(super) fn enter(path: &Path) -> Result<Self, Error> {
+        // Before the gate, which nothing opens again in such a process if it was being closed.
+        if sqlite().inherited.load(Ordering::SeqCst) {
+            let detail = format!(
+                "This process was cloned without the handlers of fork() while a store was open, so it cannot \
+                 use stores. Use fork(), or close every store before the clone. ({})",
+                path.display()
+            );
+            return Err(Error::new(ErrorKind::StoreUnavailable, detail));
+        }
+        let gate = os::fork_gate();
+        Ok(Self { _use: Use::begin(), _gate: gate })
+    }
+}
+
+struct Use(Current<Sqlite>);
 
 impl Use {
-    /// Begins under the gate: a call that waits there is not inside SQLite, and a child that `fork` makes meanwhile
-    /// must not be told that it was.
-    pub(super) fn begin(_gate: &ForkGate) -> Self {
+    fn begin() -> Self {
         let sqlite = sqlite();
         sqlite.uses.fetch_add(1, Ordering::SeqCst);
         Self(sqlite)
@@ -185,6 +197,13 @@ impl Drop for Use {
     }
 }
 
+/// SQLite's own handler looks every 100 ms, and nobody queues for its lock: beside two processes that write without
+/// pause it gave up after ten seconds.
+fn wait_for_others(tries: i32) -> bool {
+    thread::sleep(BUSY_PAUSE);
+    tries < BUSY_TRIES
+}
+
 /// An open connection. Field order: the connection closes before the use of SQLite ends.
 pub(super) struct Open {
     pub(super) sqlite: Connection,
@@ -194,13 +213,13 @@ pub(super) struct Open {
 impl Open {
     /// Opens the file, which has to exist, for reading and writing. Nothing is read or written yet.
     ///
-    /// `path` has to be absolute: SQLite would read one that begins with `file:` as a URI.
-    pub(super) fn file(path: &Path, gate: &ForkGate) -> Outcome<Self> {
+    /// The caller is inside the [`Gate`]. `path` has to be absolute: SQLite would read one that begins with `file:` as a URI.
+    pub(super) fn file(path: &Path) -> Outcome<Self> {
         assert!(path.is_absolute());
-        let in_use = Use::begin(gate);
+        let in_use = Use::begin();
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let sqlite = Connection::open_with_flags(path, flags)?;
-        sqlite.busy_timeout(BUSY_TIMEOUT)?;
+        let mut sqlite = Connection::open_with_flags(path, flags)?;
+        sqlite.busy_handler(Some(wait_for_others))?;
         for (setting, on) in [
             // Closing is quick, and leaves alone what it was not asked to change.
             (DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true),
@@ -279,16 +298,14 @@ impl Open {
         Ok(())
     }
 
-    /// Checks that the pages of the file fit together, the indices above all: a row that its index does not lead to is
-    /// there for whoever reads all rows, and absent for whoever asks for it, who might then make it again. Reads only.
-    pub(super) fn check_pages(&self, path: &Path) -> Outcome<()> {
+    /// Checks that the file is sound: an index that hides a row would hide it from our checks, too.
+    pub(super) fn check_soundness(&self) -> Outcome<()> {
         let verdict: String =
             self.sqlite.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
         if verdict == "ok" {
             return Ok(());
         }
-        let detail = format!("The file is damaged. ({}: {verdict})", path.display());
-        Err(Error::new(ErrorKind::StoreCorrupt, detail).into())
+        Err(Error::new(ErrorKind::StoreCorrupt, format!("The file is damaged: {verdict}.")).into())
     }
 
     /// Rewrites the file without what deleted rows left in unused parts of pages, then cuts the log.

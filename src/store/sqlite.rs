@@ -11,7 +11,7 @@
 //! 2. before a fork every store closes its connection ([`Quiesce`]); parent and child open their own at the next use,
 //!    and check that it is still the same store;
 //! 3. a child that was made without fork handlers (raw `clone`) abandons the inherited connection without touching
-//!    its lock, and refuses to use SQLite at all if any was in use (`schema::check_own`).
+//!    its lock, and refuses to use SQLite at all if any was in use (`schema::Use`).
 //!
 //! Other users of SQLite in the process are theirs to keep still.
 
@@ -31,14 +31,14 @@ use super::{
     place::{COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
     rows::{self, Meta, StoredMeta, Verdict},
-    schema::{Failure, Open, Outcome, Use, check_own, corrupt},
+    schema::{Failure, Gate, Open, Outcome, corrupt},
     seal::{StoreId, StoreKeys},
 };
 use crate::{
     cpu::Tier,
     error::{Error, ErrorKind, Result},
     keys::{Alias, KeyId, KeyRecord, KeyVersionId, Origin, StoredKey, alias::AliasChange},
-    os::{self, ForkGate, PerProcess, Quiesce},
+    os::{self, PerProcess, Quiesce},
     rng::Rng,
 };
 
@@ -66,7 +66,10 @@ impl SqliteStore {
         let path = absolute(path)?;
         let mut id = StoreId([0; 16]);
         rng.fill_from_os(&mut id.0)?;
-        let keys = StoreKeys::derive(root, id, tier(rng));
+        let keys = StoreKeys::derive(root, id, tier(rng))?;
+        watch_forks()?;
+        let place = |error: io::Error| not_placed(&path, &error);
+        let draft = Draft::new(&path).map_err(place)?;
         for companion in COMPANIONS {
             // SQLite would take a log that a removed store left behind for this store's.
             let leftover = with_suffix(&path, companion);
@@ -77,12 +80,9 @@ impl SqliteStore {
                 )));
             }
         }
-        let place = |error: io::Error| not_placed(&path, &error);
-        let draft = Draft::new(&path).map_err(place)?;
         {
-            check_own(&path)?;
-            let gate = os::fork_gate();
-            write_new(draft.path(), &keys, rng, &gate).map_err(|failure| failure.explain(&path))?;
+            let _gate = Gate::enter(&path)?;
+            write_new(draft.path(), &keys, rng).map_err(|failure| failure.explain(&path))?;
         }
         draft.publish().map_err(place)?;
         Self::open(&path, root)
@@ -97,24 +97,27 @@ impl SqliteStore {
         let path = absolute(path)?;
         check_file(&path)?;
         let tier = Tier::detect()?;
-        check_own(&path)?;
-        let gate = os::fork_gate();
-        let (mut open, keys, meta) =
-            open_first(&path, root, tier, &gate).map_err(|failure| failure.explain(&path))?;
-        let inner = Inner {
+        watch_forks()?;
+        let (keys, meta) = {
+            let _gate = Gate::enter(&path)?;
+            open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?
+        };
+        let store = Self(Arc::new(Inner {
             path,
             keys,
             rng: Rng::Os(tier),
             connection: PerProcess::empty(),
             erasure_owed: AtomicBool::new(meta.erased != meta.deleted),
-        };
-        // After a crash between a deletion and its erasure.
-        inner.erase(&mut open);
-        inner.connection.get_or(|_| Mutex::new(Some(open)));
-        let inner = Arc::new(inner);
-        let weak: Weak<Inner> = Arc::downgrade(&inner);
-        os::quiesce_before_fork(weak, &gate);
-        Ok(Self(inner))
+        }));
+        // Before it has a connection, so that no fork meets one that nobody closes. Takes the gate, so not under ours.
+        let inner: Weak<Inner> = Arc::downgrade(&store.0);
+        os::quiesce_before_fork(inner)?;
+        store.0.with(|inner, open| {
+            // After a crash between a deletion and its erasure.
+            inner.erase(open);
+            Ok(())
+        })?;
+        Ok(store)
     }
 
     /// Runs a read transaction: everything in it is of one moment.
@@ -141,12 +144,30 @@ impl SqliteStore {
     }
 }
 
+#[cfg(test)]
+impl SqliteStore {
+    /// Deletes a key as a crash before the erasure leaves it.
+    pub(super) fn delete_without_erasing(&self, id: &KeyId) {
+        let deleted = self.0.with(|inner, open| {
+            let transaction = open.sqlite.transaction()?;
+            let mut meta = Meta::read(&transaction, &inner.keys)?;
+            rows::delete_key(&transaction, id)?;
+            meta.keys -= 1;
+            meta.deleted += 1;
+            meta.changed(&transaction, &inner.keys)?;
+            Ok(transaction.commit()?)
+        });
+        deleted.unwrap();
+    }
+}
+
 impl Drop for SqliteStore {
     fn drop(&mut self) {
         // In a child that has not used the store, or must not, there is nothing to close.
         let Some(connection) = self.0.connection.get() else { return };
-        let _gate = os::fork_gate();
-        if let Some(open) = lock(&connection).take() {
+        let Ok(_gate) = Gate::enter(&self.0.path) else { return };
+        // A connection that a fork closed left the log beside the file; people copy the file alone.
+        if let Some(open) = lock(&connection).take().or_else(|| self.0.reopen().ok()) {
             open.close_cleanly();
         }
     }
@@ -156,16 +177,14 @@ impl Inner {
     /// Runs `work` with the connection, opening it if there is none.
     fn with<T>(&self, work: impl FnOnce(&Self, &mut Open) -> Outcome<T>) -> Result<T> {
         // Refuses before the gate and the mutex, which in a raw clone may be held by threads that do not exist.
-        check_own(&self.path)?;
-        let gate = os::fork_gate();
-        let _use = Use::begin(&gate);
+        let _gate = Gate::enter(&self.path)?;
         let connection = self.connection.get_or(|_| Mutex::new(None));
         let mut slot = lock(&connection);
         let explain = |failure: Failure| failure.explain(&self.path);
         // Taken out, so that a panic in `work` closes the connection instead of leaving its transaction open.
         let mut open = match slot.take() {
             Some(open) => open,
-            None => self.reopen(&gate).map_err(explain)?,
+            None => self.reopen().map_err(explain)?,
         };
         let outcome = work(self, &mut open);
         // A transaction that could not even be rolled back goes with its connection.
@@ -176,9 +195,9 @@ impl Inner {
     }
 
     /// Opens the file again after a fork, and checks that it is this store still.
-    fn reopen(&self, gate: &ForkGate) -> Outcome<Open> {
+    fn reopen(&self) -> Outcome<Open> {
         check_file(&self.path)?;
-        let open = Open::file(&self.path, gate)?;
+        let open = Open::file(&self.path)?;
         open.check_format(&self.path)?;
         if StoredMeta::read(&open.sqlite)?.id != self.keys.id {
             let detail = format!("{} is another store than before.", self.path.display());
@@ -383,21 +402,21 @@ fn save(
     Ok(())
 }
 
-/// Opens a store of unknown id: reads, checks, and writes nothing.
-fn open_first(
-    path: &Path,
-    root: &RootKey,
-    tier: Tier,
-    gate: &ForkGate,
-) -> Outcome<(Open, StoreKeys, Meta)> {
-    let open = Open::file(path, gate)?;
+/// Sees to it that forks respect the gate, even before the first store is registered.
+fn watch_forks() -> Result<()> {
+    os::quiesce_before_fork(Weak::<Inner>::new())
+}
+
+/// Opens a store of unknown id, checks it, writes nothing, and closes it.
+fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(StoreKeys, Meta)> {
+    let open = Open::file(path)?;
     open.check_format(path)?;
     let stored = StoredMeta::read(&open.sqlite)?;
-    let keys = StoreKeys::derive(root, stored.id, tier);
+    let keys = StoreKeys::derive(root, stored.id, tier)?;
     match stored.verdict(&keys) {
         Verdict::Good => {
-            open.check_pages(path)?;
-            Ok((open, keys, stored.meta))
+            open.check_soundness()?;
+            Ok((keys, stored.meta))
         }
         Verdict::Damaged => Err(corrupt("meta", "the store")),
         Verdict::WrongRootKey => {
@@ -407,8 +426,8 @@ fn open_first(
     }
 }
 
-fn write_new(path: &Path, keys: &StoreKeys, rng: &Rng, gate: &ForkGate) -> Outcome<()> {
-    let mut open = Open::file(path, gate)?;
+fn write_new(path: &Path, keys: &StoreKeys, rng: &Rng) -> Outcome<()> {
+    let mut open = Open::file(path)?;
     open.make_tables(|sqlite| Meta::default().insert(sqlite, keys, rng))?;
     open.close_cleanly();
     Ok(())

@@ -1,3 +1,133 @@
-//! The command line: to come.
+//! `keymill`, the command line: one file per command, and shared rooms beside them.
+//!
+//! This file reads the arguments, calls the command, and turns its end into messages and an exit code: 0 done,
+//! 1 refused (usage errors and any refused line included), 2 broke. `failure` holds the messages, `home` finds and
+//! opens the key store, `lines`, `records`, `rows` and `output` stream JSON Lines in bounded memory, and `stream` ties
+//! them together. Only the library's public API is used.
 
-fn main() {}
+mod alias;
+mod decrypt;
+mod failure;
+mod generate;
+mod home;
+mod import;
+mod info;
+mod init;
+mod interrupt;
+mod key;
+mod lines;
+mod output;
+mod print;
+mod progress;
+mod records;
+mod rows;
+mod stream;
+mod warnings;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand, error::ErrorKind};
+
+use failure::{Failure, Result};
+use home::Home;
+
+/// Generates data keys in bulk and wraps them under versioned key-encryption keys by AES-GCM.
+#[derive(Parser)]
+#[command(
+    name = "keymill",
+    version,
+    after_help = EXAMPLES,
+    arg_required_else_help = true,
+    subcommand_required = true,
+    disable_help_subcommand = true
+)]
+struct Cli {
+    /// Directory of keys.db and root.key [default: $KEYMILL_HOME, or else keymill in the XDG data
+    /// directory]
+    // The variable is read in `home`: clap would put it into usage lines as if it had been given.
+    #[arg(long, global = true, value_name = "DIR")]
+    home: Option<PathBuf>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make an empty key store
+    Init(init::Args),
+    /// Create, import, list and change keys
+    #[command(subcommand)]
+    Key(key::Command),
+    /// Give keys names of your own
+    #[command(subcommand)]
+    Alias(alias::Command),
+    /// Make data keys: many for one key, or one for each line of a file
+    Generate(generate::Args),
+    /// Unwrap the data keys in a file that `generate` wrote
+    Decrypt(decrypt::Args),
+    /// Show CPU, tier, store and version
+    Info(info::Args),
+}
+
+const EXAMPLES: &str = "\
+Start here. This makes the key store and the key if they are missing, then ten data keys:
+  keymill generate --key alias/app --count 10 --create
+
+Other things to do:
+  keymill generate --requests requests.jsonl --out keys.jsonl
+  keymill decrypt --in keys.jsonl
+  keymill key list
+
+Exit codes: 0 done; 1 refused: a wrong argument, or at least one refused line; 2 broke: the key
+store, a file or the machine failed.";
+
+fn main() -> ExitCode {
+    warnings::install();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    // Resolved first: a command that cannot find its home should say so before it reads anything.
+    let home = Home::resolve(cli.home)?;
+    match cli.command {
+        Command::Init(args) => init::run(&home, &args),
+        Command::Key(command) => key::run(&home, command),
+        Command::Alias(command) => alias::run(&home, command),
+        Command::Generate(args) => generate::run(&home, &args),
+        Command::Decrypt(args) => decrypt::run(&home, &args),
+        Command::Info(args) => info::run(&home, &args),
+    }
+}
+
+/// Prints help and version as clap does, and usage errors in this program's form.
+fn usage(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A reader that has gone away (`keymill --help | head -1`) is no failure.
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            ExitCode::from(1)
+        }
+        _ => {
+            let text = error.render().to_string();
+            let text = text.strip_prefix("error: ").unwrap_or(&text).trim_end();
+            let text = text.strip_suffix(CLAP_HINT).unwrap_or(text).trim_end();
+            Failure::refused(text, "run it with `--help` for what is allowed, and for examples")
+                .report()
+        }
+    }
+}
+
+/// The line with which clap ends a usage error; ours says the same as a hint.
+const CLAP_HINT: &str = "For more information, try '--help'.";

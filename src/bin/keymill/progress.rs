@@ -1,0 +1,45 @@
+//! The progress bar: on standard error, for people only.
+
+use std::{
+    io::{self, IsTerminal},
+    time::Duration,
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::output::Output;
+
+/// What the whole of a run is counted in.
+#[derive(Clone, Copy)]
+pub(crate) enum Total {
+    /// Data keys, known beforehand.
+    Keys(u64),
+    /// Bytes of an input file.
+    Bytes(u64),
+    /// Input lines of a pipe.
+    Unknown,
+}
+
+/// Makes the bar; a hidden one when nobody would see it, or when it would be mixed with rows on the same terminal.
+pub(crate) fn bar(total: Total, output: &Output) -> ProgressBar {
+    if !io::stderr().is_terminal() || output.is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let (bar, template) = match total {
+        Total::Keys(keys) => (
+            ProgressBar::new(keys),
+            "{bar:30} {human_pos} of {human_len} keys, {per_sec}, {eta} left",
+        ),
+        Total::Bytes(bytes) => (
+            ProgressBar::new(bytes),
+            "{bar:30} {binary_bytes} of {binary_total_bytes} read, {eta} left",
+        ),
+        Total::Unknown => (ProgressBar::new_spinner(), "{spinner} {binary_bytes} read"),
+    };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    // A first frame at once would flicker in the many runs that take a few milliseconds.
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}

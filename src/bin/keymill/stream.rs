@@ -1,0 +1,111 @@
+//! What streaming commands share: the rows, the progress bar, and the count of refusals that decides how a run ends.
+
+use indicatif::ProgressBar;
+use keymill::{Error, ErrorKind, RequestId};
+
+use crate::{
+    failure::{Failure, Result, Status, hint},
+    output::Output,
+    progress::{self, Total},
+    rows::Rows,
+};
+
+/// A run of a streaming command.
+pub(crate) struct Stream {
+    pub(crate) rows: Rows,
+    pub(crate) progress: ProgressBar,
+    total: u64,
+    refused: u64,
+    /// The refusal that is reported at the end: the first of the gravest status.
+    reported: Option<Refusal>,
+    /// Whether every refusal reads the same.
+    same: bool,
+}
+
+struct Refusal {
+    status: Status,
+    number: u64,
+    message: String,
+    hint: &'static str,
+}
+
+impl Stream {
+    pub(crate) fn new(output: Output, total: Total) -> Self {
+        let progress = progress::bar(total, &output);
+        Self { rows: Rows::new(output), progress, total: 0, refused: 0, reported: None, same: true }
+    }
+
+    /// Counts an item that was made.
+    pub(crate) fn made(&mut self) {
+        self.total += 1;
+    }
+
+    /// Writes the row of item `number` (counted from 1), which the engine refused.
+    pub(crate) fn refused(&mut self, number: u64, error: &Error, id: RequestId) -> Result<()> {
+        self.rows.refused(error, id)?;
+        self.count(Refusal {
+            status: Status::of(error),
+            number,
+            message: error.to_string(),
+            hint: hint(error.kind()),
+        });
+        Ok(())
+    }
+
+    /// Writes the row of line `number`, which is no record.
+    pub(crate) fn malformed(&mut self, number: u64, why: &str) -> Result<()> {
+        let code = ErrorKind::InvalidParameter.code();
+        let message = format!("The specified parameter is not valid. {why}");
+        self.rows.malformed(code, &message)?;
+        self.count(Refusal {
+            status: Status::Refused,
+            number,
+            message: format!("{code}: {message}"),
+            hint: "correct the line; its row in the output is an Error row",
+        });
+        Ok(())
+    }
+
+    /// Hands on line `number`, which says that no key was generated.
+    pub(crate) fn passed_on(&mut self, number: u64, line: &[u8]) -> Result<()> {
+        self.rows.unchanged(line)?;
+        self.count(Refusal {
+            status: Status::Refused,
+            number,
+            message: "an Error line of `generate`, passed on as it is".to_owned(),
+            hint: "these requests had failed already; generate them again",
+        });
+        Ok(())
+    }
+
+    /// Completes the output, and fails if any item was refused. `items` names them in messages.
+    pub(crate) fn finish(self, items: &str) -> Result<()> {
+        self.progress.finish_and_clear();
+        self.rows.finish()?;
+        let Some(reported) = self.reported else { return Ok(()) };
+        let Refusal { status, number, message, hint } = reported;
+        let (refused, total) = (self.refused, self.total);
+        let message = if total == 1 {
+            message
+        } else if refused == total && self.same {
+            format!("all {total} {items} were refused: {message}")
+        } else {
+            format!("{refused} of {total} {items} were refused; number {number}: {message}")
+        };
+        Err(Failure::new(status, message, hint))
+    }
+
+    fn count(&mut self, refusal: Refusal) {
+        self.total += 1;
+        self.refused += 1;
+        match &self.reported {
+            None => self.reported = Some(refusal),
+            Some(reported) => {
+                self.same &= reported.message == refusal.message;
+                if reported.status < refusal.status {
+                    self.reported = Some(refusal);
+                }
+            }
+        }
+    }
+}
