@@ -24,13 +24,16 @@ use std::{
     ops::{Deref, DerefMut},
     ptr::{self, NonNull},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
-        atomic::{AtomicU64, Ordering},
+        Arc, LazyLock, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
-use arc_swap::ArcSwapOption;
-use zeroize::Zeroize;
+use arc_swap::{ArcSwap, ArcSwapOption};
+use zeroize::{Zeroize, zeroize_stack};
+
+use crate::error::{Error, ErrorKind, Result};
 
 #[cfg(not(unix))]
 compile_error!("keymill needs a Unix system");
@@ -60,7 +63,11 @@ pub(crate) fn generation() -> Generation {
             0 => first_look(mark),
             number => Generation(number),
         },
-        None => Generation(u64::from(std::process::id())),
+        None => {
+            // Process ids alone repeat in nested PID namespaces; forks are counted by their handler.
+            let forks = LAST.load(Ordering::Relaxed);
+            Generation(forks << 32 | u64::from(std::process::id()))
+        }
     }
 }
 
@@ -84,14 +91,20 @@ pub(crate) fn can_keep_state() -> bool {
 fn first_look(mark: &AtomicU64) -> Generation {
     let next = LAST.fetch_add(1, Ordering::Relaxed) + 1;
     match mark.compare_exchange(0, next, Ordering::AcqRel, Ordering::Acquire) {
-        Ok(_) => Generation(next),
+        Ok(_) => {
+            lock_inherited_pages();
+            Generation(next)
+        }
         Err(number) => Generation(number),
     }
 }
 
 #[cfg(target_os = "linux")]
 fn map_mark() -> Option<&'static AtomicU64> {
-    let page = map_pages(page_len())?;
+    let Some(page) = map_pages(page_len()) else {
+        count_forks();
+        return None;
+    };
     // Some emulators (qemu-user) answer success to every advice, even an impossible one: believe none of theirs.
     // SAFETY: `page` is a mapping of one page that nothing else knows yet; an invalid advice changes nothing.
     let (honest, wiped) = unsafe {
@@ -102,6 +115,7 @@ fn map_mark() -> Option<&'static AtomicU64> {
     if !(honest && wiped) {
         // SAFETY: the mapping is ours, of this length, and no reference to it exists.
         unsafe { libc::munmap(page.as_ptr().cast(), page_len()) };
+        count_forks();
         return None;
     }
     // SAFETY: the page is zeroed, aligned, never unmapped from here on, and only ever accessed as this atomic.
@@ -112,6 +126,7 @@ fn map_mark() -> Option<&'static AtomicU64> {
 
 #[cfg(not(target_os = "linux"))]
 fn map_mark() -> Option<&'static AtomicU64> {
+    count_forks();
     None
 }
 
@@ -119,6 +134,18 @@ fn page_len() -> usize {
     // SAFETY: `sysconf` only reads its argument.
     let len = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(len).unwrap_or(4096)
+}
+
+/// Marks forks where no page does it for us. A clone without handlers is then told by its process id alone.
+fn count_forks() {
+    extern "C" fn count() {
+        LAST.fetch_add(1, Ordering::Relaxed);
+    }
+    // SAFETY: the handler is a function of the signature that the call wants, and lives for ever.
+    let refused = unsafe { libc::pthread_atfork(None, None, Some(count)) };
+    if refused != 0 {
+        log::warn!("the system refused a fork handler (error {refused})");
+    }
 }
 
 /// Maps `len` bytes of zeroed private memory, a multiple of the page length.
@@ -216,24 +243,49 @@ struct Slab(Mutex<HashMap<usize, Vec<usize>>>);
 
 static SLAB: PerProcess<Slab> = PerProcess::empty();
 
+/// Every region of every slab of this line of forks, as (address, length). A child inherits the mappings but not their
+/// locks.
+static REGIONS: LazyLock<ArcSwap<Vec<(usize, usize)>>> = LazyLock::new(ArcSwap::default);
+
+fn lock_inherited_pages() {
+    for (address, len) in REGIONS.load().iter() {
+        lock_pages(ptr::with_exposed_provenance(*address), *len);
+    }
+}
+
+/// Keeps pages out of swap. Tight limits (RLIMIT_MEMLOCK) refuse it; the pages then work unlocked.
+fn lock_pages(start: *const u8, len: usize) {
+    static WARNED: AtomicBool = AtomicBool::new(false);
+    // SAFETY: locking changes no memory; the range is a mapping of ours that is never unmapped.
+    let refused = unsafe { libc::mlock(start.cast(), len) } != 0;
+    if refused && !WARNED.swap(true, Ordering::Relaxed) {
+        log::warn!("the system refused to lock memory; KEKs may be swapped out (RLIMIT_MEMLOCK)");
+    }
+}
+
 impl Slab {
-    fn take(&self, size: usize) -> NonNull<u8> {
+    /// # Errors
+    /// `Machine` if there is no memory.
+    fn take(&self, size: usize) -> Result<NonNull<u8>> {
         let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let slots = free.entry(size).or_default();
         if slots.is_empty() {
             let len = size.max(REGION_LEN).next_multiple_of(page_len());
-            let region = map_pages(len).expect("out of address space for locked pages");
-            // Both are refused under tight limits (RLIMIT_MEMLOCK); the pages then work unlocked.
-            // SAFETY: the range is the mapping just made.
+            let region = map_pages(len).ok_or_else(|| {
+                Error::new(ErrorKind::Machine, "The system gave no memory for locked pages.")
+            })?;
+            lock_pages(region.as_ptr(), len);
+            #[cfg(target_os = "linux")]
+            // SAFETY: the range is the mapping just made; the advice changes no memory.
             unsafe {
-                libc::mlock(region.as_ptr().cast(), len);
-                #[cfg(target_os = "linux")]
                 libc::madvise(region.as_ptr().cast(), len, libc::MADV_DONTDUMP);
             }
-            slots.extend((0..len / size).map(|slot| region.as_ptr() as usize + slot * size));
+            let start = region.as_ptr().expose_provenance();
+            REGIONS.rcu(|known| known.iter().copied().chain([(start, len)]).collect::<Vec<_>>());
+            slots.extend((0..len / size).map(|slot| start + slot * size));
         }
         let address = slots.pop().expect("a region holds at least one slot");
-        NonNull::new(ptr::with_exposed_provenance_mut(address)).expect("mappings are not at null")
+        Ok(NonNull::new(ptr::with_exposed_provenance_mut(address)).expect("not at null"))
     }
 
     fn give_back(&self, slot: NonNull<u8>, size: usize) {
@@ -259,16 +311,28 @@ impl<T> LockedBox<T> {
         size_of::<T>().next_multiple_of(SLOT_ALIGN)
     };
 
-    /// Moves `value` into a locked slot and overwrites the part of the stack where it may have lain.
-    pub(crate) fn new(value: T) -> Self {
+    /// Makes a value and moves it into a locked slot, then overwrites the part of the stack where it was made.
+    ///
+    /// # Errors
+    /// `Machine` if there is no memory.
+    pub(crate) fn new_with(make: impl FnOnce() -> T) -> Result<Self> {
         const { assert!(size_of::<T>() > 0) };
         let home = generation();
-        let place = SLAB.get_or(|_| Slab::default()).take(Self::SIZE).cast::<T>();
-        // SAFETY: the slot is writable, `SIZE` bytes long, aligned, and ours alone.
-        unsafe { place.write(value) };
-        scrub_stack();
-        Self { place, home }
+        let place = SLAB.get_or(|_| Slab::default()).take(Self::SIZE)?.cast::<T>();
+        build(place, make);
+        zeroize_stack::<STACK_LEN>();
+        Ok(Self { place, home })
     }
+}
+
+/// More stack than the set-up of any key uses.
+const STACK_LEN: usize = 8192;
+
+/// A frame of its own below that of `new_with`, so that the whole of it is overwritten afterwards.
+#[inline(never)]
+fn build<T>(place: NonNull<T>, make: impl FnOnce() -> T) {
+    // SAFETY: the slot is writable, long enough, aligned, and ours alone.
+    unsafe { place.write(make()) };
 }
 
 impl<T> Deref for LockedBox<T> {
@@ -307,14 +371,6 @@ impl<T> Drop for LockedBox<T> {
     }
 }
 
-/// Overwrites the stack below the caller's frame, where a secret that was built and moved may have left copies.
-#[inline(never)]
-pub(crate) fn scrub_stack() {
-    let mut below = [0u8; 4096];
-    below.zeroize();
-    std::hint::black_box(&mut below);
-}
-
 /// Something that must rest while the process forks.
 pub(crate) trait Quiesce: Send + Sync {
     /// Called in the parent, before the fork, with the fork gate held alone: bring everything into a state that a
@@ -326,26 +382,38 @@ static GATE: RwLock<()> = RwLock::new(());
 static QUIESCED: Mutex<Vec<Weak<dyn Quiesce>>> = Mutex::new(Vec::new());
 
 thread_local! {
-    /// The gate, while this thread is inside `fork`.
-    static HELD: RefCell<Option<RwLockWriteGuard<'static, ()>>> = const { RefCell::new(None) };
+    /// What this thread holds while it is inside `fork`. Dropped in this order: the gate opens first.
+    static HELD: RefCell<Option<Held>> = const { RefCell::new(None) };
 }
 
-/// Holds off every `fork` of this process while the guard lives.
+type Held = (RwLockWriteGuard<'static, ()>, Vec<Arc<dyn Quiesce>>);
+
+/// Holds off every `fork` of this process while the guard lives. A thread must not take it twice.
 pub(crate) fn fork_gate() -> RwLockReadGuard<'static, ()> {
     GATE.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Registers something to be asked to rest before every fork from now on.
-pub(crate) fn quiesce_before_fork(what: Weak<dyn Quiesce>) {
-    static HANDLERS: OnceLock<()> = OnceLock::new();
-    HANDLERS.get_or_init(|| {
+///
+/// # Errors
+/// `Machine` if the system refuses fork handlers.
+pub(crate) fn quiesce_before_fork(what: Weak<dyn Quiesce>) -> Result<()> {
+    static REFUSED: OnceLock<libc::c_int> = OnceLock::new();
+    let refused = *REFUSED.get_or_init(|| {
         // SAFETY: the three handlers are functions of the signature that the call wants, and live for ever.
-        unsafe { libc::pthread_atfork(Some(before_fork), Some(after_fork), Some(after_fork)) };
+        unsafe { libc::pthread_atfork(Some(before_fork), Some(after_fork), Some(after_fork)) }
     });
+    if refused != 0 {
+        return Err(Error::new(
+            ErrorKind::Machine,
+            format!("The system refused fork handlers (error {refused})."),
+        ));
+    }
     let _gate = fork_gate();
     let mut list = QUIESCED.lock().unwrap_or_else(PoisonError::into_inner);
     list.retain(|entry| entry.strong_count() > 0);
     list.push(what);
+    Ok(())
 }
 
 extern "C" fn before_fork() {
@@ -357,14 +425,20 @@ extern "C" fn before_fork() {
         .iter()
         .filter_map(Weak::upgrade)
         .collect();
-    for what in list {
+    for what in &list {
         what.before_fork();
     }
-    HELD.with_borrow_mut(|held| *held = Some(gate));
+    // A thread that forks while it is torn down has no such place any more: the gate opens too early then, and what
+    // rests may wake before the fork. Nothing better is left to do there.
+    let _ = HELD.try_with(|held| held.replace(Some((gate, list))));
 }
 
 extern "C" fn after_fork() {
-    HELD.with_borrow_mut(|held| *held = None);
+    // Opened here, dropped outside: what drops last may want the gate for itself.
+    if let Ok(Some((gate, list))) = HELD.try_with(RefCell::take) {
+        drop(gate);
+        drop(list);
+    }
 }
 
 #[cfg(test)]
@@ -375,7 +449,7 @@ mod tests {
 
     #[test]
     fn a_dropped_box_leaves_only_zeros() {
-        let boxed = LockedBox::new(Secret([0xa5; 100], 0xa5));
+        let boxed = LockedBox::new_with(|| Secret([0xa5; 100], 0xa5)).unwrap();
         let place = boxed.place.cast::<[u8; 128]>();
         assert_eq!(boxed.0, [0xa5; 100]);
         assert_eq!(LockedBox::<Secret>::SIZE, 128);
@@ -388,11 +462,13 @@ mod tests {
 
     #[test]
     fn slots_are_distinct_and_reused() {
-        let boxes: Vec<_> = (0..3000u64).map(|i| LockedBox::new([i; 24])).collect();
+        let boxes: Vec<_> =
+            (0..3000u64).map(|i| LockedBox::new_with(|| [i; 24]).unwrap()).collect();
         assert!(boxes.iter().zip(0..).all(|(boxed, i)| **boxed == [i; 24]));
         let first = boxes[0].place;
         drop(boxes);
-        let again: Vec<_> = (0..3000u64).map(|i| LockedBox::new([i; 24])).collect();
+        let again: Vec<_> =
+            (0..3000u64).map(|i| LockedBox::new_with(|| [i; 24]).unwrap()).collect();
         assert!(again.iter().any(|boxed| boxed.place == first));
     }
 

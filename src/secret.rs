@@ -31,7 +31,7 @@ impl Material {
                 format!("It has {} bytes; AES keys have 16, 24 or 32.", bytes.len()),
             ));
         }
-        let mut boxed = LockedBox::new([0; 32]);
+        let mut boxed = LockedBox::new_with(|| [0; 32])?;
         boxed[..bytes.len()].copy_from_slice(bytes);
         Ok(Self { bytes: boxed, len: bytes.len() })
     }

@@ -412,14 +412,16 @@ fn imported_material_is_raw() {
     import(&[7; 31]).ended(1, "31 bytes");
     import(&[7; 3000]).ended(1, "at least 256 bytes");
     import(b"").ended(1, "0 bytes");
-    import(b"00112233445566778899aabbccddeeff\n").ended(1, "hex text");
-    import(&b"0123456789abcdef".repeat(4)).ended(1, "hex text");
+    import(b"00112233445566778899aabbccddeeff\n").ended(1, "look like hex");
+    import(&b"0123456789abcdef".repeat(4)).ended(1, "look like hex");
     import(b"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=").ended(1, "look like text");
     import(b"sixteen raw byte\n").ended(1, "line end");
     fs::write(scratch.path("kek"), [7; 24]).unwrap();
     scratch.run("key import --material kek --scheme derived").ended(1, "AES_192");
     assert!(scratch.run("key import --material kek --alias alias/i").done().contains("imported"));
     scratch.run("key import --material kek").ended(1, "InvalidKeyMaterial");
+    let text = import(b"0123456789abcdef");
+    assert!(text.err.starts_with("keymill: warning: ") && text.code == Some(0), "{text:?}");
     scratch.run("key rotate alias/i").ended(1, "UnsupportedOperation");
     scratch.run("key import --material absent").ended(2, "absent");
 }
@@ -483,6 +485,26 @@ fn an_interrupted_run_leaves_no_file() {
         assert!(String::from_utf8_lossy(&output.stderr).contains("interrupted"), "{output:?}");
         assert_eq!(files(&scratch), [""; 0]);
     }
+}
+
+#[test]
+fn a_run_under_nohup_outlives_its_terminal() {
+    let scratch = Scratch::with_key();
+    let keymill = env!("CARGO_BIN_EXE_keymill");
+    let script = format!("trap '' HUP; exec {keymill} generate --requests - --out keys.jsonl");
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]).current_dir(scratch.0.path()).stdin(Stdio::piped());
+    let mut child = command.env("KEYMILL_HOME", scratch.path("home")).spawn().unwrap();
+    let stdin = child.stdin.take();
+    while files(&scratch).is_empty() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let killed = Command::new("kill").args(["-HUP", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    thread::sleep(Duration::from_millis(700));
+    drop(stdin);
+    assert!(child.wait().unwrap().success());
+    assert_eq!(files(&scratch), ["keys.jsonl"]);
 }
 
 #[test]

@@ -140,10 +140,9 @@ impl Engine {
         loop {
             let generation = os::generation();
             self.process();
-            let id = self.shared().new_request_id()?;
-            let made = self.shared().generate_one(request, operation, id);
+            let made = self.shared().generate_one(request, operation);
             if os::generation() == generation {
-                return made.map_err(|error| error.with_request_id(id));
+                return made.map_err(|error| self.shared().name(error));
             }
         }
     }
@@ -177,7 +176,6 @@ impl Shared {
         &self,
         request: &GenerateDataKeyRequest<'_>,
         operation: Operation,
-        id: RequestId,
     ) -> Result<DataKey> {
         let dek_len = request.check()?;
         let key = self.find(request.key_id)?;
@@ -190,20 +188,21 @@ impl Shared {
             self.note_initial_use(&key, 1);
         }
 
+        let mut dek = SecretArena::zeroed(dek_len)?;
+        let (mut id, mut iv) = ([0; 16], [0; IV_LEN]);
         let state;
-        let (gcm, salt, iv) = match &version.wrapper {
+        let (gcm, salt) = match &version.wrapper {
             Wrapper::Direct(key) => {
-                let mut iv = [0; IV_LEN];
-                self.rng.fill(&mut iv)?;
-                (&**key, [0; SALT_LEN], iv)
+                self.rng.fill_each(&mut [&mut id, &mut iv, dek.as_mut_slice()])?;
+                (&**key, [0; SALT_LEN])
             }
             Wrapper::Derived { root, states } => {
                 state = states.reserve(root, &self.rng, 1)?;
-                (&**state.key, state.salt, state.first_iv)
+                self.rng.fill_each(&mut [&mut id, dek.as_mut_slice()])?;
+                iv = state.first_iv;
+                (&**state.key, state.salt)
             }
         };
-        let mut dek = SecretArena::zeroed(dek_len)?;
-        self.rng.fill(dek.as_mut_slice())?;
         let layout = Layout { form: operation.form, scheme: version.wrapper.scheme(), dek_len };
         let mut blob = vec![0; layout.len()];
         layout.write_head(&mut blob, version.id.as_bytes(), &iv, &salt);
@@ -222,7 +221,7 @@ impl Shared {
             iv: Bytes::copy_from_slice(&iv),
             plaintext: operation.plaintext.then(|| SecretBytes::view(&Arc::new(dek), 0..dek_len)),
             ciphertext_blob: blob.into(),
-            request_id: id,
+            request_id: RequestId::from_random(id),
         })
     }
 
@@ -322,6 +321,7 @@ impl Shared {
         ring: &Ring,
         last: bool,
     ) -> Option<Groups> {
+        let generation = os::generation();
         let needs = groups.direct_needs();
         let mut taken = Vec::with_capacity(needs.len());
         let mut shortfalls = Vec::new();
@@ -340,7 +340,7 @@ impl Shared {
         }
         if succeeded && !last && self.ring.load().changes != ring.changes {
             for (need, granted) in needs.iter().zip(taken) {
-                need.version.lease.add(granted);
+                need.version.lease.add(granted, generation);
             }
             return None;
         }

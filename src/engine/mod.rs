@@ -31,7 +31,7 @@ pub use builder::EngineBuilder;
 use crate::{
     batch::run::FanOut,
     cpu::Tier,
-    error::Result,
+    error::{Error, Result},
     keys::{UnixSeconds, ring::Ring},
     os::{self, Current, Generation, PerProcess},
     request_id::RequestId,
@@ -224,6 +224,14 @@ impl Shared {
             Some(pool) => FanOut::Own(pool),
             None if self.forked_before => FanOut::Caller,
             None => FanOut::Global,
+        }
+    }
+
+    /// Gives the error of a single call the id of its request.
+    fn name(&self, error: Error) -> Error {
+        match self.new_request_id() {
+            Ok(id) => error.with_request_id(id),
+            Err(_) => error,
         }
     }
 

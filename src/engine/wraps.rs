@@ -10,6 +10,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     keys::ring::{Key, KeyVersion},
     limits::{WRAPS_BEFORE_ROTATION, WRAPS_PER_VERSION_MAX},
+    os,
     store::LeaseRequest,
     wrap::Scheme,
 };
@@ -22,6 +23,7 @@ impl Shared {
     /// # Errors
     /// The store's; wraps taken before the error are kept for later calls.
     pub(super) fn take_wraps(&self, key: &Key, version: &KeyVersion, want: u64) -> Result<u64> {
+        let generation = os::generation();
         let mut got = version.lease.take(want);
         while got < want {
             let need = want - got;
@@ -29,13 +31,13 @@ impl Shared {
             let grant = match self.store.lease(&version.id, LeaseRequest { need, surplus }) {
                 Ok(grant) => grant,
                 Err(error) => {
-                    version.lease.add(got);
+                    version.lease.add(got, generation);
                     return Err(error);
                 }
             };
             let used = grant.wraps.min(need);
             got += used;
-            version.lease.add(grant.wraps - used);
+            version.lease.add(grant.wraps - used, generation);
             if grant.spent >= WRAPS_BEFORE_ROTATION {
                 self.replace_spent(key, version);
             }

@@ -98,8 +98,10 @@ pub(crate) struct Seal<'a> {
 pub(crate) fn seal_many(job: Seal<'_>) {
     let count = job.ivs.len();
     assert!(job.keys.fits(count) && job.aads.len() == count);
-    assert!(job.plaintexts.len() == count * job.len && job.out.len() == count * job.stride);
-    assert!(job.offset + job.len + TAG_LEN <= job.stride);
+    assert_eq!(Some(job.plaintexts.len()), count.checked_mul(job.len));
+    assert_eq!(Some(job.out.len()), count.checked_mul(job.stride));
+    let end = job.len.checked_add(TAG_LEN).and_then(|end| end.checked_add(job.offset));
+    assert!(end.is_some_and(|end| end <= job.stride));
     portable::seal_many(job);
 }
 
@@ -123,8 +125,10 @@ pub(crate) struct Open<'a> {
 pub(crate) fn open_many(job: Open<'_>) {
     let count = job.ivs.len();
     assert!(job.keys.fits(count) && job.aads.len() == count && job.sealed.len() == count);
-    assert!(job.verdicts.len() == count && job.out.len() == count * job.len);
-    assert!(job.sealed.iter().all(|sealed| sealed.len() == job.len + TAG_LEN));
+    assert_eq!(job.verdicts.len(), count);
+    assert_eq!(Some(job.out.len()), count.checked_mul(job.len));
+    let sealed_len = job.len.checked_add(TAG_LEN);
+    assert!(job.sealed.iter().all(|sealed| Some(sealed.len()) == sealed_len));
     portable::open_many(job);
 }
 

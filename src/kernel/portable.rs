@@ -17,7 +17,7 @@ use rand_chacha::{
     ChaCha20Rng,
     rand_core::{Rng, SeedableRng},
 };
-use zeroize::Zeroize;
+use zeroize::{Zeroize, zeroize_stack};
 
 use super::{Iv, Open, Seal};
 use crate::limits::TAG_LEN;
@@ -110,6 +110,14 @@ pub(super) fn open_many(job: Open<'_>) {
 }
 
 pub(super) fn chacha_fill(seed: &[u8; 32], stream: u64, block: u64, out: &mut [u8]) {
+    fill(seed, stream, block, out);
+    // What the compiler spilled of seed and key stream on the way.
+    zeroize_stack::<1536>();
+}
+
+/// A frame of its own below that of `chacha_fill`, so that the whole of it is overwritten afterwards.
+#[inline(never)]
+fn fill(seed: &[u8; 32], stream: u64, block: u64, out: &mut [u8]) {
     const WORDS_PER_BLOCK: u128 = 16;
     let mut rng = ChaCha20Rng::from_seed(*seed);
     rng.set_stream(stream);

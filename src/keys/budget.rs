@@ -36,15 +36,20 @@ impl Lease {
             got = left.min(want);
             Some(pack(now, left - got))
         });
-        got
+        // Forked in between: what was there is the parent's.
+        if os::generation() == now { got } else { 0 }
     }
 
-    /// Adds wraps that the store granted.
-    pub(crate) fn add(&self, granted: u64) {
+    /// Adds wraps that the store granted in generation `of`, or that were taken then and not used. What belongs to
+    /// another process is dropped, and so is everything where forks cannot be told.
+    pub(crate) fn add(&self, wraps: u64, of: Generation) {
         let now = os::generation();
+        if now != of || !os::can_keep_state() {
+            return;
+        }
         let _ = self.word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |word| {
             // Both are bounded far below 2^40 (limits.rs); the bound of a version is 2^32.
-            Some(pack(now, (left(word, now) + granted).min(COUNT_MASK)))
+            Some(pack(now, (left(word, now) + wraps).min(COUNT_MASK)))
         });
     }
 
@@ -70,14 +75,14 @@ mod tests {
     fn a_lease_gives_what_it_has_and_no_more() {
         let lease = Lease::default();
         assert_eq!(lease.take(5), 0);
-        lease.add(7);
+        lease.add(7, os::generation());
         assert_eq!((lease.take(5), lease.take(5), lease.take(5)), (5, 2, 0));
     }
 
     #[test]
     fn threads_never_take_more_than_was_added() {
         let lease = Lease::default();
-        lease.add(100_000);
+        lease.add(100_000, os::generation());
         let total: u64 = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8)
                 .map(|_| scope.spawn(|| (0..10_000).map(|i| lease.take(1 + i % 5)).sum::<u64>()))

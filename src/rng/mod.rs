@@ -44,11 +44,22 @@ impl Rng {
     /// # Errors
     /// `Machine` if the operating system gives no random bytes; `out` then holds nothing of use.
     pub(crate) fn fill(&self, out: &mut [u8]) -> Result<()> {
+        self.fill_each(&mut [out])
+    }
+
+    /// Fills several places from the thread's pool, at the cost of one where they are short.
+    ///
+    /// # Errors
+    /// As [`Rng::fill`].
+    pub(crate) fn fill_each(&self, out: &mut [&mut [u8]]) -> Result<()> {
         match self {
             Self::Os(tier) => pool::fill(*tier, out),
             #[cfg(any(feature = "deterministic", fuzzing, test))]
             Self::Seeded { tier, seed, draws } => {
-                kernel::chacha_fill(*tier, seed, draws.fetch_add(1, Ordering::Relaxed), 0, out);
+                for part in out {
+                    let draw = draws.fetch_add(1, Ordering::Relaxed);
+                    kernel::chacha_fill(*tier, seed, draw, 0, part);
+                }
                 Ok(())
             }
         }

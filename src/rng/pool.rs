@@ -21,6 +21,8 @@ use crate::{
 
 /// Requests up to this size are cut from one expansion together with the next key.
 const SMALL: usize = 224;
+/// Bytes of a ChaCha20 block.
+const BLOCK_LEN: usize = 64;
 /// Bytes at the head of the stream that become the next key.
 const KEY_LEN: usize = 32;
 
@@ -36,13 +38,14 @@ thread_local! {
     static POOL: RefCell<Option<Pool>> = const { RefCell::new(None) };
 }
 
-pub(super) fn fill(tier: Tier, out: &mut [u8]) -> Result<()> {
+/// Fills every part, in order, from one expansion where they are short.
+pub(super) fn fill(tier: Tier, out: &mut [&mut [u8]]) -> Result<()> {
     if !os::can_keep_state() {
-        return os_fill(out);
+        return fill_from_os(out);
     }
     // A thread that is being torn down has no pool any more.
     let filled = POOL.try_with(|pool| {
-        let Ok(mut pool) = pool.try_borrow_mut() else { return os_fill(out) };
+        let Ok(mut pool) = pool.try_borrow_mut() else { return fill_from_os(out) };
         loop {
             let before = os::generation();
             let pool = ready(&mut pool, before)?;
@@ -53,7 +56,11 @@ pub(super) fn fill(tier: Tier, out: &mut [u8]) -> Result<()> {
             }
         }
     });
-    filled.unwrap_or_else(|_| os_fill(out))
+    filled.unwrap_or_else(|_| fill_from_os(out))
+}
+
+fn fill_from_os(out: &mut [&mut [u8]]) -> Result<()> {
+    out.iter_mut().try_for_each(|part| os_fill(part))
 }
 
 /// The thread's pool, seeded anew if it is absent, inherited, old or spent.
@@ -74,7 +81,7 @@ fn ready(slot: &mut Option<Pool>, now: Generation) -> Result<&mut Pool> {
                 pool.handed_out = 0;
             }
             _ => {
-                let mut key = LockedBox::new([0; KEY_LEN]);
+                let mut key = LockedBox::new_with(|| [0; KEY_LEN])?;
                 key.copy_from_slice(&*seed);
                 *slot = Some(Pool {
                     key: Some(key),
@@ -93,19 +100,27 @@ impl Pool {
         self.key.as_mut().expect("only drop takes it")
     }
 
-    fn draw(&mut self, tier: Tier, out: &mut [u8]) {
-        self.handed_out += out.len() as u64;
+    fn draw(&mut self, tier: Tier, out: &mut [&mut [u8]]) {
+        let len: usize = out.iter().map(|part| part.len()).sum();
+        self.handed_out += len as u64;
         let key = self.key_mut();
         let mut stream = Zeroizing::new([0; KEY_LEN + SMALL]);
-        if out.len() <= SMALL {
-            let stream = &mut stream[..KEY_LEN + out.len()];
+        if len <= SMALL {
+            let stream = &mut stream[..KEY_LEN + len];
             kernel::chacha_fill(tier, key, 0, 0, stream);
-            key.copy_from_slice(&stream[..KEY_LEN]);
-            out.copy_from_slice(&stream[KEY_LEN..]);
+            let (next_key, mut rest) = stream.split_at(KEY_LEN);
+            key.copy_from_slice(next_key);
+            for part in out {
+                part.copy_from_slice(rest.split_off(..part.len()).expect("the lengths add up"));
+            }
         } else {
-            // Block 0 for the next key; what follows goes straight to the caller.
+            // Block 0 for the next key; what follows goes straight to the caller, a part from whole blocks on.
             kernel::chacha_fill(tier, key, 0, 0, &mut stream[..KEY_LEN]);
-            kernel::chacha_fill(tier, key, 0, 1, out);
+            let mut block = 1;
+            for part in out {
+                kernel::chacha_fill(tier, key, 0, block, part);
+                block += part.len().div_ceil(BLOCK_LEN) as u64;
+            }
             key.copy_from_slice(&stream[..KEY_LEN]);
         }
     }
@@ -132,7 +147,9 @@ mod tests {
             let mut seen = Vec::new();
             for round in 0..3000usize {
                 let mut out = vec![0; 32 + round % 400];
-                fill(Tier::Portable, &mut out).unwrap();
+                let mut other = vec![0; 16 + round % 90];
+                fill(Tier::Portable, &mut [&mut out, &mut other]).unwrap();
+                seen.push(<[u8; 16]>::try_from(&other[..16]).unwrap());
                 seen.push(<[u8; 16]>::try_from(&out[..16]).unwrap());
                 seen.push(<[u8; 16]>::try_from(&out[out.len() - 16..]).unwrap());
             }
@@ -149,7 +166,7 @@ mod tests {
         let pool = ready(&mut slot, os::generation()).unwrap();
         let before = *pool.key_mut();
         let mut out = [0; 64];
-        pool.draw(Tier::Portable, &mut out);
+        pool.draw(Tier::Portable, &mut [&mut out]);
         let after = *pool.key_mut();
         let mut stream = [0; 96];
         kernel::chacha_fill(Tier::Portable, &before, 0, 0, &mut stream);

@@ -5,6 +5,7 @@
 //! pasts, and never are granted the same wraps.
 
 mod memory;
+mod meta;
 mod place;
 mod root_key;
 mod rows;

@@ -48,7 +48,7 @@ impl RootKey {
             draft.publish()
         });
         match written {
-            Ok(()) => Ok(Self(LockedBox::new(*bytes))),
+            Ok(()) => Self::from_bytes(&*bytes),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Err(refused(path, "exists already; a root key is never overwritten"))
             }
@@ -113,7 +113,7 @@ impl RootKey {
             let why = format!("The root key has {len} bytes; it has to have {ROOT_KEY_LEN}.");
             return Err(Error::invalid(why));
         }
-        let mut boxed = LockedBox::new([0; ROOT_KEY_LEN]);
+        let mut boxed = LockedBox::new_with(|| [0; ROOT_KEY_LEN])?;
         boxed.copy_from_slice(bytes);
         Ok(Self(boxed))
     }

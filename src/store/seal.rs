@@ -32,14 +32,14 @@ use std::fmt;
 use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
-use zeroize::Zeroizing;
+use zeroize::{Zeroizing, zeroize_stack};
 
 use super::root_key::RootKey;
 use crate::{
     cpu::Tier,
     error::Result,
     limits::{IV_LEN, SALT_LEN, TAG_LEN},
-    os::{self, LockedBox},
+    os::LockedBox,
     rng::Rng,
     secret::Material,
     wrap::derived::XaesKey,
@@ -119,23 +119,22 @@ pub(super) struct StoreKeys {
 }
 
 impl StoreKeys {
-    pub(super) fn derive(root: &RootKey, id: StoreId, tier: Tier) -> Self {
-        let root = Hkdf::<Sha256>::from_prk(root.expose()).expect("a root key has 32 bytes");
+    /// # Errors
+    /// `Machine` if there is no memory.
+    pub(super) fn derive(root: &RootKey, id: StoreId, tier: Tier) -> Result<Self> {
         let subkey = |purpose: &[u8]| {
+            let root = Hkdf::<Sha256>::from_prk(root.expose()).expect("a root key has 32 bytes");
             let mut key = Zeroizing::new([0; 32]);
             let info = [b"keymill store", &FORMAT.to_be_bytes()[..], &id.0, purpose];
             root.expand_multi_info(&info, &mut *key).expect("32 bytes are one block");
             key
         };
-        let keys = Self {
+        Ok(Self {
             id,
-            seal: LockedBox::new(XaesKey::new(tier, &subkey(b"seal"))),
-            mac: LockedBox::new(*subkey(b"mac")),
-            fingerprint: LockedBox::new(*subkey(b"fingerprint")),
-        };
-        drop(root);
-        os::scrub_stack();
-        keys
+            seal: LockedBox::new_with(|| XaesKey::new(tier, &subkey(b"seal")))?,
+            mac: LockedBox::new_with(|| *subkey(b"mac"))?,
+            fingerprint: LockedBox::new_with(|| *subkey(b"fingerprint"))?,
+        })
     }
 
     /// Seals key material.
@@ -181,7 +180,7 @@ impl StoreKeys {
     /// The fingerprint of imported material: equal for equal material, and useless without the root key.
     pub(super) fn fingerprint(&self, material: &Material) -> [u8; MAC_LEN] {
         let fingerprint = hmac(&self.fingerprint, material.expose()).finalize().into_bytes().into();
-        os::scrub_stack();
+        zeroize_stack::<4096>();
         fingerprint
     }
 
@@ -214,7 +213,7 @@ mod tests {
 
     fn keys(root: u8, store: u8) -> StoreKeys {
         let root = RootKey::from_bytes(&[root; 32]).unwrap();
-        StoreKeys::derive(&root, StoreId([store; 16]), Tier::Portable)
+        StoreKeys::derive(&root, StoreId([store; 16]), Tier::Portable).unwrap()
     }
 
     fn row(keys: &StoreKeys) -> Fields {

@@ -28,9 +28,10 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use super::{
     Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage,
+    meta::{Meta, StoredMeta, Verdict},
     place::{COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
-    rows::{self, Meta, StoredMeta, Verdict},
+    rows,
     schema::{Failure, Gate, Open, Outcome, corrupt},
     seal::{StoreId, StoreKeys},
 };

@@ -8,13 +8,12 @@
 //! XAES-256-GCM(K, salt || IV, ...) = AES-256-GCM(Kx, IV, ...)
 //! ```
 
-use zeroize::Zeroizing;
+use zeroize::{Zeroizing, zeroize_stack};
 
 use crate::{
     cpu::Tier,
     kernel::{self, BlockKey, GcmKey, Keys},
     limits::{IV_LEN, SALT_LEN, TAG_LEN},
-    os,
 };
 
 /// A key version prepared for derivations.
@@ -79,7 +78,7 @@ impl XaesKey {
             stride: plaintext.len() + TAG_LEN,
             offset: 0,
         });
-        os::scrub_stack();
+        zeroize_stack::<8192>();
     }
 
     /// Opens one message into `out`, zeros if the tag is wrong. Returns whether it is right.
@@ -103,7 +102,7 @@ impl XaesKey {
                 verdicts: &mut verdict,
             });
         }
-        os::scrub_stack();
+        zeroize_stack::<8192>();
         verdict[0]
     }
 }

@@ -71,14 +71,15 @@ impl Wrapper {
     pub(crate) fn new(tier: Tier, scheme: Scheme, material: &Material) -> Result<Self> {
         match scheme {
             Scheme::Direct => {
-                Ok(Self::Direct(LockedBox::new(GcmKey::new(tier, material.expose()))))
+                let key = LockedBox::new_with(|| GcmKey::new(tier, material.expose()))?;
+                Ok(Self::Direct(key))
             }
             Scheme::Derived => {
                 let material: &[u8; 32] = material
                     .expose()
                     .try_into()
                     .map_err(|_| Error::invalid("Scheme \"derived\" needs an AES_256 key."))?;
-                let root = LockedBox::new(XaesKey::new(tier, material));
+                let root = LockedBox::new_with(|| XaesKey::new(tier, material))?;
                 Ok(Self::Derived { root, states: StateSlots::default() })
             }
         }

@@ -23,6 +23,9 @@ use crate::{
     rng::Rng,
 };
 
+// A lock in its place could be held by a thread that a forked child does not have.
+const _: () = assert!(AtomicCell::<Option<Box<WrappingState>>>::is_lock_free());
+
 struct WrappingState {
     generation: Generation,
     born_ms: u64,
@@ -63,6 +66,9 @@ fn slot_of_thread() -> usize {
 impl StateSlots {
     /// Takes `count` IVs of a wrapping state, a new one if the thread's slot has none to go on with.
     ///
+    /// A fork in the middle would give both processes the same IVs: operations look at the process generation once
+    /// more before they return anything, and start over.
+    ///
     /// # Errors
     /// `Machine` if there are no random bytes for a new salt.
     pub(crate) fn reserve(&self, root: &XaesKey, rng: &Rng, count: u64) -> Result<Reserved> {
@@ -91,7 +97,8 @@ impl StateSlots {
         state.left -= count;
         if os::can_keep_state() && !self.resting.load(Ordering::Acquire) {
             self.slots[slot].store(Some(state));
-            // `rest` may have passed over the slot while the state was out of it.
+            // `rest` may have passed over the slot while the state was out of it. Take and store are swaps (acquire and
+            // release), so one of the two sees the other.
             if self.resting.load(Ordering::Acquire) {
                 self.wipe();
             }
@@ -150,7 +157,7 @@ impl WrappingState {
             generation,
             born_ms,
             salt,
-            key: Arc::new(LockedBox::new(root.derive(&salt))),
+            key: Arc::new(LockedBox::new_with(|| root.derive(&salt))?),
             next_iv: iv.try_into().expect("IV_LEN"),
             left: STATE_WRAPS_MAX,
         })

@@ -34,7 +34,8 @@ A line needs CiphertextBlob and, if it was made with AAD, Aad; unless it was mad
 `generate --advance` it needs KeyId and Iv too. Plaintext and RequestId are ignored.
 
 Its result is one line in the same place:
-  {"KeyId":"key-...","KeyVersionId":"key-...","Plaintext":"...","Algorithm":"AES_GCM","RequestId":"..."}
+  {"KeyId":"key-...","KeyVersionId":"key-...","Plaintext":"...","Algorithm":"AES_GCM",
+   "RequestId":"..."}
 
 A line that does not open gets an Error line in its place, Error lines are passed on, and the exit
 code is 1 if there is any."#;

@@ -18,7 +18,8 @@ use crate::{
 };
 
 #[derive(clap::Args)]
-#[command(after_help = EXAMPLES, group(ArgGroup::new("what").args(["key", "requests"]).required(true)))]
+#[command(after_help = EXAMPLES)]
+#[command(group(ArgGroup::new("source").args(["key", "requests"]).required(true)))]
 pub(crate) struct Args {
     /// The key to wrap under: an id or an alias
     #[arg(long, value_name = "KEY")]

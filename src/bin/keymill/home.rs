@@ -79,8 +79,8 @@ impl Home {
         if !exists(&store)? {
             return Err(Failure::broke(
                 format!("there is no key store at {store:?}"),
-                "`keymill init` makes one, and so does `keymill generate --key alias/app --create`; \
-                 --home DIR or KEYMILL_HOME choose another place",
+                "`keymill init` makes one, and so does `keymill generate --key alias/app \
+                 --create`; --home DIR or KEYMILL_HOME choose another place",
             ));
         }
         if !exists(&self.root_key())? {
@@ -139,14 +139,14 @@ impl Home {
             }
         })?;
         say(format_args!(
-            "made a key store in {:?}; whoever has root.key can open it, and without root.key nobody can",
+            "made a key store in {:?}; whoever has its root.key can open it, and nobody else can",
             self.dir
         ));
         Ok(engine)
     }
 
-    /// Makes the directory if needed and locks it, so that of two commands that start at once on a fresh machine one makes
-    /// the home and the other finds it complete. Unlocks when dropped.
+    /// Makes the directory if needed and locks it, so that of two commands that start at once on a fresh machine one
+    /// makes the home and the other finds it complete. Unlocks when dropped.
     fn lock(&self) -> Result<File> {
         let fail = |error: io::Error| Failure::file("cannot use directory", &self.dir, &error);
         let mut builder = DirBuilder::new();

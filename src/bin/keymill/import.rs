@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use keymill::ErrorKind;
 use zeroize::Zeroizing;
 
 use crate::{
@@ -57,16 +58,12 @@ impl Material {
     /// Refuses lengths that are no key's, and says what the bytes look like.
     fn check(&self, path: &Path) -> Result<()> {
         let bytes = self.bytes();
-        let stripped = bytes.trim_ascii_end();
-        let hex =
-            matches!(stripped.len(), 32 | 48 | 64) && stripped.iter().all(u8::is_ascii_hexdigit);
-        let key = |len: usize| matches!(len, 16 | 24 | 32);
-        if key(bytes.len()) {
-            if hex {
-                // Thirty-two raw bytes may be anything, so they are taken; by chance they look so once in 2^113 times.
+        if is_key(bytes.len()) {
+            if bytes.iter().all(u8::is_ascii_graphic) {
+                // Raw bytes may be anything, so they are taken; 16 random ones look like this once in 2^23 times.
                 warn(format_args!(
-                    "{path:?} holds {} hex digits, taken as raw bytes; if they spell a shorter key, \
-                     delete this one and import the output of `xxd -r -p`",
+                    "{path:?} holds {} characters of text, taken as raw bytes; if they spell a \
+                     key in hex or base64, delete this one and import the decoded bytes",
                     bytes.len()
                 ));
             }
@@ -76,29 +73,31 @@ impl Material {
             READ_MAX => format!("at least {READ_MAX} bytes"),
             len => format!("{len} bytes"),
         };
-        let (looks, next) = if hex {
-            (
-                ", which look like hex text",
-                "turn it into raw bytes first: `xxd -r -p FILE | keymill key import --material -`",
-            )
-        } else if bytes.len() > stripped.len() && key(stripped.len()) {
-            (
-                ", of which the last is a line end",
-                "write the file without a line end, as `printf` does",
-            )
-        } else if stripped.len() > 20 && stripped.iter().all(u8::is_ascii_graphic) {
-            (
-                ", which look like text",
-                "turn it into raw bytes first: `base64 -d FILE | keymill key import --material -`",
-            )
-        } else {
-            ("", hint(keymill::ErrorKind::InvalidKeyMaterial))
-        };
+        let (looks, next) = looks(bytes);
         Err(Failure::refused(
             format!(
-                "InvalidKeyMaterial: {path:?} has {len}{looks}; key material is 16, 24 or 32 raw bytes"
+                "InvalidKeyMaterial: {path:?} has {len}{looks}; a key has 16, 24 or 32 raw bytes"
             ),
             next,
         ))
+    }
+}
+
+fn is_key(len: usize) -> bool {
+    matches!(len, 16 | 24 | 32)
+}
+
+/// What bytes that are no key look like, and what to do about it.
+fn looks(bytes: &[u8]) -> (&'static str, &'static str) {
+    let stripped = bytes.trim_ascii_end();
+    let text = stripped.len() > 20 && stripped.iter().all(u8::is_ascii_graphic);
+    if is_key(stripped.len() / 2) && stripped.iter().all(u8::is_ascii_hexdigit) {
+        (", which look like hex", "decode it: `xxd -r -p FILE | keymill key import --material -`")
+    } else if is_key(stripped.len()) {
+        (", of which the last is a line end", "write the file without it, as `printf` does")
+    } else if text {
+        (", which look like text", "decode it: `base64 -d FILE | keymill key import --material -`")
+    } else {
+        ("", hint(ErrorKind::InvalidKeyMaterial))
     }
 }

@@ -1,11 +1,11 @@
 //! Ctrl-C, SIGTERM and SIGHUP during a streaming command: stop, leave no unfinished file, say so, exit 2.
 //!
 //! The flag stops a run at its next window, so that it ends in order and returns its leases. A run that is blocked
-//! (standard input from a terminal, a pipe that nobody reads) never gets there: after a short while the handler's thread
-//! removes the unfinished file and ends the process itself.
+//! (standard input from a terminal, a pipe that nobody reads) never gets there: after a short while the handler's
+//! thread removes the unfinished file and ends the process itself.
 
 use std::{
-    fs, mem,
+    fs, io, mem,
     path::{Path, PathBuf},
     process,
     sync::{
@@ -16,7 +16,13 @@ use std::{
     time::Duration,
 };
 
-use crate::failure::{Failure, Result, say};
+use keymill::ErrorKind;
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
+
+use crate::failure::{Failure, Result, hint, say};
 
 /// How long a run may take to come to its next window.
 const GRACE: Duration = Duration::from_millis(500);
@@ -25,24 +31,45 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// The unfinished file. Held while the file is being renamed, so that the handler removes it before or never.
 static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
 
-/// Catches the signals from here on.
+/// Catches the signals from here on, save those that this process was told to ignore: SIGHUP by `nohup`, SIGINT by a
+/// shell that started it in the background.
 pub(crate) fn install() -> Result<()> {
-    ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            return;
+    let ignored = ignored_signals();
+    let caught = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| {
+        // Bit n - 1 is signal n.
+        ignored >> (signal - 1) & 1 == 0
+    });
+    let fail = |error: io::Error| {
+        Failure::broke(format!("cannot catch signals: {error}"), hint(ErrorKind::Machine))
+    };
+    let mut signals = Signals::new(caught).map_err(fail)?;
+    let wait = move || {
+        if signals.forever().next().is_some() {
+            interrupted();
         }
-        thread::sleep(GRACE);
-        let mut unfinished = unfinished();
-        if let Some(path) = unfinished.take() {
-            let _ = fs::remove_file(path);
-        }
-        say(MESSAGE);
-        // Still holding the lock: nothing is renamed between the removal and the end.
-        process::exit(2);
-    })
-    .map_err(|error| {
-        Failure::broke(format!("cannot catch signals: {error}"), "try again, or report it")
-    })
+    };
+    thread::Builder::new().name("keymill-signals".into()).spawn(wait).map_err(fail)?;
+    Ok(())
+}
+
+/// The mask of signals that are ignored. The standard library cannot ask for it; where there is no /proc, none is.
+fn ignored_signals() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
+
+/// Ends the process if the run does not end in time by itself.
+fn interrupted() -> ! {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+    thread::sleep(GRACE);
+    let mut unfinished = unfinished();
+    if let Some(path) = unfinished.take() {
+        let _ = fs::remove_file(path);
+    }
+    say(MESSAGE);
+    // Still holding the lock: nothing is renamed between the removal and the end.
+    process::exit(2);
 }
 
 /// Fails once a signal has come.

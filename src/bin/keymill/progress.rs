@@ -1,11 +1,12 @@
 //! The progress bar: on standard error, for people only.
 
 use std::{
+    fmt,
     io::{self, IsTerminal},
     time::Duration,
 };
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use crate::output::Output;
 
@@ -28,7 +29,7 @@ pub(crate) fn bar(total: Total, output: &Output) -> ProgressBar {
     let (bar, template) = match total {
         Total::Keys(keys) => (
             ProgressBar::new(keys),
-            "{bar:30} {human_pos} of {human_len} keys, {per_sec}, {eta} left",
+            "{bar:30} {human_pos} of {human_len} keys, {rate}/s, {eta} left",
         ),
         Total::Bytes(bytes) => (
             ProgressBar::new(bytes),
@@ -37,7 +38,10 @@ pub(crate) fn bar(total: Total, output: &Output) -> ProgressBar {
         Total::Unknown => (ProgressBar::new_spinner(), "{spinner} {binary_bytes} read"),
     };
     if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
+        // indicatif's own `per_sec` has four decimals.
+        bar.set_style(style.with_key("rate", |state: &ProgressState, out: &mut dyn fmt::Write| {
+            let _ = write!(out, "{:.0}", state.per_sec());
+        }));
     }
     // A first frame at once would flicker in the many runs that take a few milliseconds.
     bar.enable_steady_tick(Duration::from_millis(200));
