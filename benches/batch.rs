@@ -4,7 +4,6 @@
 //! cargo bench --bench batch
 //! ```
 //! For ratios that a noisy machine does not spoil, `cargo bench --bench ratios` interleaves the contenders.
-#![expect(missing_docs, reason = "criterion_group makes a public function")]
 
 mod contenders;
 
@@ -24,6 +23,9 @@ fn batch_sizes(criterion: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::new(format!("batch/{threads}-threads"), size), |b| {
             b.iter(|| all.make(&aads));
+        });
+        group.bench_function(BenchmarkId::new("single-calls", size), |b| {
+            b.iter(|| one.make_singly(&aads));
         });
         group.bench_function(BenchmarkId::new("idiomatic-loop", size), |b| {
             b.iter(|| idiomatic.make(&aads));

@@ -35,7 +35,7 @@ fn object_cipher(data_key: &[u8]) -> Result<(LessSafeKey, Nonce)> {
 }
 
 /// Encrypts every file under `folder` into `store`. Returns how many there were.
-pub fn put(engine: &Engine, folder: &Path, store: &Path) -> Result<usize> {
+pub(crate) fn put(engine: &Engine, folder: &Path, store: &Path) -> Result<usize> {
     let paths = files_below(folder)?;
     let names: Vec<_> =
         paths.iter().map(|path| object_name(folder, path)).collect::<Result<_>>()?;
@@ -62,7 +62,7 @@ pub fn put(engine: &Engine, folder: &Path, store: &Path) -> Result<usize> {
 }
 
 /// Decrypts every object of `store` into `folder`. Returns how many there were.
-pub fn get(engine: &Engine, store: &Path, folder: &Path) -> Result<usize> {
+pub(crate) fn get(engine: &Engine, store: &Path, folder: &Path) -> Result<usize> {
     let mut objects = Vec::new();
     for path in files_below(store)? {
         let Some(place) = path.to_str().and_then(|path| path.strip_suffix(".key")) else {
@@ -98,7 +98,7 @@ pub fn get(engine: &Engine, store: &Path, folder: &Path) -> Result<usize> {
 }
 
 /// Compares every byte below two folders. Returns how many files and bytes they have.
-pub fn compare(one: &Path, other: &Path) -> Result<(usize, usize)> {
+pub(crate) fn compare(one: &Path, other: &Path) -> Result<(usize, usize)> {
     let (ours, theirs) = (files_below(one)?, files_below(other)?);
     let mut bytes = 0;
     for (a, b) in ours.iter().zip(&theirs) {
@@ -115,7 +115,7 @@ pub fn compare(one: &Path, other: &Path) -> Result<(usize, usize)> {
 }
 
 /// Opens the engine whose keys lie in `home`, or makes it with its root key and its KEK.
-pub fn open_engine(home: &Path) -> Result<Engine> {
+pub(crate) fn open_engine(home: &Path) -> Result<Engine> {
     fs::create_dir_all(home)?;
     let (store, root) = (home.join("keys.db"), home.join("root.key"));
     if store.exists() {

@@ -1,4 +1,57 @@
-//! keymill
+//! **keymill** is a data-key engine. It takes thousands of `GenerateDataKey` requests in one call, makes a random data
+//! key for each, wraps it under a versioned key-encryption key (KEK) with AES-GCM, and hands everything back in request
+//! order.
+//!
+//! It is for storage systems that encrypt every object, page or volume with a key of its own and want those keys
+//! without a network round trip for each, with the semantics of a cloud KMS.
+//!
+//! ```
+//! use keymill::{CreateKey, DecryptRequest, Engine, GenerateDataKeyRequest};
+//!
+//! let engine = Engine::in_memory()?; // Engine::open(path, &root_key) for keys that last
+//! engine.create_key(&CreateKey { alias: Some("alias/app".into()), ..CreateKey::default() })?;
+//!
+//! let paths: Vec<String> = (0..10_000).map(|n| format!("/photos/{n}.jpg")).collect();
+//! let requests: Vec<_> = (paths.iter())
+//!     .map(|path| GenerateDataKeyRequest::new("alias/app", 32).aad(path.as_bytes()))
+//!     .collect();
+//! let batch = engine.advance_generate_data_key_batch(&requests)?;
+//! let key = batch.get(4711).expect("this request was good");
+//! let request = DecryptRequest::new(key.ciphertext_blob()).aad(b"/photos/4711.jpg");
+//! assert_eq!(engine.advance_decrypt(&request)?.plaintext().expose(), key.plaintext().unwrap());
+//! # Ok::<(), keymill::Error>(())
+//! ```
+//!
+//! # The pieces
+//! - [`Engine`]: the operations. `generate_data_key` and `decrypt` know the initial version of a key, raw blobs and a
+//!   separate IV; their `advance_` twins follow rotation and use blobs that describe themselves. Each is a single call
+//!   and a batch.
+//! - [`DataKeyBatch`], [`DecryptedBatch`]: results in request order. A bad item has its own [`Error`], and the others
+//!   succeed.
+//! - [`Scheme`]: how a KEK wraps. `Derived` (XAES-256-GCM) has no practical bound; `Direct` is plain AES-GCM, whose
+//!   bound of 2^32 wraps a version is counted durably and enforced.
+//! - [`RootKey`]: opens the store, one SQLite file in which every KEK is sealed and every other row authenticated.
+//! - [`limits`]: every length and cap.
+//!
+//! # What it is not
+//! No FIPS-validated module, no HSM, no access control between the callers of one engine (whoever holds an [`Engine`]
+//! may use all its keys), no backup or replication of the store.
+//!
+//! # Threat model in short
+//! The store's file is worthless without the root key, and edits to it are refused; **restoring an older copy of it is
+//! not detected**. Wrapped keys reveal nothing but their length, and open under their KEK and AAD alone; neither scheme
+//! commits to the key. Data keys are random bytes of ChaCha20 seeded by the operating system. A forked child shares no
+//! key and no IV with its parent. Secrets are wiped when they are dropped; views of plaintext do not print.
+//! `SECURITY.md` in the repository is the long form.
+//!
+//! # Features
+//! | feature | default | brings |
+//! |---|---|---|
+//! | `cli` | yes | the `keymill` program and the crates it needs |
+//! | `deterministic` | no | `Engine::deterministic`: an in-memory engine whose every byte follows from a seed |
+//!
+//! `default-features = false` is the bare library. The environment variable `KEYMILL_TIER` lowers the tier of the
+//! kernels ([`Tier`]). A Unix system is needed.
 
 mod batch;
 mod cpu;
@@ -30,3 +83,8 @@ pub use request_id::RequestId;
 pub use secret::SecretBytes;
 pub use store::RootKey;
 pub use wrap::Scheme;
+
+/// The code of the README, compiled and run by the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

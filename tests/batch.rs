@@ -42,13 +42,14 @@ fn mix(state: &mut u64) -> usize {
 #[test]
 fn every_item_of_a_mixed_batch_opens_in_its_place() {
     let (engine, names) = engine_with_keys();
-    let aad: Vec<u8> = (0..limits::AAD_LEN_MAX).map(|i| (i % 251) as u8).collect();
+    let aad: Vec<u8> = (0..limits::AAD_LEN_MAX).map(|i| u8::try_from(i % 251).unwrap()).collect();
     let mut state = 7;
     for count in [0, 1, 2, 31, 32, 33, 100, 1023, 1024, 1025, 5000] {
         let requests: Vec<_> = (0..count)
             .map(|_| {
-                let aad_len = if mix(&mut state) % 50 == 0 { 8192 } else { mix(&mut state) % 40 };
-                let number_of_bytes = (1 + mix(&mut state) % 1024) as u32;
+                let aad_len =
+                    if mix(&mut state).is_multiple_of(50) { 8192 } else { mix(&mut state) % 40 };
+                let number_of_bytes = u32::try_from(1 + mix(&mut state) % 1024).unwrap();
                 GenerateDataKeyRequest::new(&names[mix(&mut state) % names.len()], number_of_bytes)
                     .aad(&aad[..aad_len])
             })
@@ -205,7 +206,8 @@ fn threads_change_neither_order_nor_validity() {
         let requests: Vec<_> = (aads.iter().enumerate())
             .map(|(i, aad)| {
                 let key = if i % 3 == 0 { &direct } else { &key };
-                GenerateDataKeyRequest::new(key.as_str(), 1 + i as u32 % 60).aad(aad)
+                GenerateDataKeyRequest::new(key.as_str(), 1 + u32::try_from(i).unwrap() % 60)
+                    .aad(aad)
             })
             .collect();
         let batch = engine.advance_generate_data_key_batch(&requests).unwrap();

@@ -32,7 +32,8 @@ fn transcript(seed: u8, threads: usize) -> Vec<u8> {
             .map(|i| {
                 // Long runs, short runs and lone items.
                 let name = &names[if i % 3 == 0 { 2 } else { (i * i + round) % names.len() }];
-                let number_of_bytes = if i % 5 == 0 { 32 } else { 1 + (i % 70) as u32 };
+                let number_of_bytes =
+                    if i % 5 == 0 { 32 } else { 1 + u32::try_from(i % 70).unwrap() };
                 GenerateDataKeyRequest::new(name.as_str(), number_of_bytes).aad(&[7; 64][..i % 64])
             })
             .collect();

@@ -59,7 +59,7 @@ impl Made {
             _ => [0; 12],
         };
         let (dek, iv) = (dek.try_into().unwrap(), iv.try_into().unwrap());
-        Self { dek, iv, salt, request_id, direct: direct as u8 }
+        Self { dek, iv, salt, request_id, direct: u8::try_from(direct).unwrap() }
     }
 
     fn write(&self, out: &mut Vec<u8>) {

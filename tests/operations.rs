@@ -236,7 +236,7 @@ fn imported_keys_have_their_rules() {
         (24, KeySpec::Aes192, Scheme::Direct),
         (32, KeySpec::Aes256, Scheme::Derived),
     ] {
-        let material = vec![len as u8; len];
+        let material = vec![u8::try_from(len).unwrap(); len];
         let key = engine.import_key(&ImportKey::new(&material)).unwrap();
         assert_eq!((key.spec, key.scheme), (spec, scheme));
         let id = key.key_id;

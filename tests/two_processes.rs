@@ -95,7 +95,7 @@ fn say(line: String) {
 }
 
 /// The answer for one data key: its IV, or the code of the refusal.
-fn answer<'a>(made: Result<&'a [u8], &Error>) -> String {
+fn answer(made: Result<&[u8], &Error>) -> String {
     made.map_or_else(|error| error.code().to_owned(), hex)
 }
 

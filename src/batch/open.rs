@@ -1,7 +1,8 @@
 //! Decrypting a batch: planning (pure) and the work, fanned out.
 //!
 //! Items are grouped by length, key version and salt, so that a salt that serves many items is derived once in a
-//! chunk, and distinct salts are set up together. An item whose tag is wrong has its output zeroed and does not disturb its neighbours.
+//! chunk, and distinct salts are set up together. An item whose tag is wrong has its output zeroed and does not disturb
+//! its neighbours.
 
 use std::sync::Arc;
 
@@ -272,7 +273,7 @@ fn open_chunk(chunk: OpenChunk<'_>) {
     for run in items.chunk_by(|a, b| a.dek_len == b.dek_len) {
         let mut run = run;
         while !run.is_empty() {
-            let keys = Opening::new(&run);
+            let keys = Opening::new(run);
             let block = run.split_off(..keys.key_of.len()).expect("no more keys than items");
             keys.open(
                 block,

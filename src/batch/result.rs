@@ -1,8 +1,8 @@
 //! The columnar results of a batch, and their views.
 //!
-//! A batch owns one arena a column (data keys, IVs, blobs), in plan order; slots lead from request order to it. Borrowed
-//! views ([`DataKeyRef`]) cost nothing; owned ones ([`DataKey`]) share the arenas and keep them alive. Nothing is copied
-//! and nothing is allocated per key.
+//! A batch owns one arena a column (data keys, IVs, blobs), in plan order; slots lead from request order to it.
+//! Borrowed views ([`DataKeyRef`]) cost nothing; owned ones ([`DataKey`]) share the arenas and keep them alive.
+//! Nothing is copied and nothing is allocated per key.
 
 use std::{ops::Range, sync::Arc};
 

@@ -86,8 +86,8 @@ pub(super) fn spent(version: &Arc<KeyVersion>) -> Error {
     Error::new(
         ErrorKind::LimitExceeded,
         format!(
-            "Key version {} has spent its {WRAPS_PER_VERSION_MAX} wraps (SP 800-38D section 8.3); rotate the key and \
-             use the Advance operations, or use a key of scheme \"derived\".",
+            "Key version {} has spent its {WRAPS_PER_VERSION_MAX} wraps (SP 800-38D section 8.3); \
+             rotate the key and use the Advance operations, or use a key of scheme \"derived\".",
             version.id
         ),
     )

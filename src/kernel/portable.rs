@@ -23,10 +23,6 @@ use super::{Iv, Open, Seal};
 use crate::limits::TAG_LEN;
 
 /// AES-GCM for the three key lengths. The ciphers wipe themselves on drop (feature `zeroize`).
-#[expect(
-    clippy::large_enum_variant,
-    reason = "boxed as a whole where it lives long; a box in a box costs a load"
-)]
 pub(super) enum GcmKey {
     Aes128(Aes128Gcm),
     Aes192(AesGcm<Aes192, U12>),

@@ -67,7 +67,7 @@ impl RotationPeriod {
 impl fmt::Display for RotationPeriod {
     /// Whole days as `90d`, anything else in seconds.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0 % 86_400 == 0 {
+        if self.0.is_multiple_of(86_400) {
             write!(f, "{}d", self.0 / 86_400)
         } else {
             write!(f, "{}s", self.0)

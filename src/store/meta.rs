@@ -109,8 +109,8 @@ impl StoredMeta {
     pub(super) fn read(sqlite: &Connection) -> Outcome<Self> {
         let row = sqlite
             .query_row(
-                "SELECT store_id, check_value, changes, keys, aliases, fingerprints, deleted, erased, \
-                 mac FROM meta WHERE one = 1",
+                "SELECT store_id, check_value, changes, keys, aliases, fingerprints, deleted, \
+                 erased, mac FROM meta WHERE one = 1",
                 [],
                 |row| {
                     Ok((

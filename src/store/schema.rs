@@ -4,7 +4,7 @@
 //!
 //! | table | a row for each | authenticated by |
 //! |---|---|---|
-//! | `meta` | store: id, change counter, rows of the tables that nothing else counts, deletions and erasures | MAC; the check value by its seal |
+//! | `meta` | store: id, change counter, row counts, deletions and erasures | MAC; the check value by its seal |
 //! | `keys` | KEK | MAC; its `version_count` says which versions have to be there |
 //! | `versions` | key version, material included | seal |
 //! | `budgets` | key version: wraps granted | MAC |
@@ -49,16 +49,16 @@ pub(super) const TABLES: [(&str, &str); 6] = [
     ),
     (
         "keys",
-        "CREATE TABLE keys (id TEXT NOT NULL PRIMARY KEY, spec TEXT NOT NULL, scheme TEXT NOT NULL, \
-         origin TEXT NOT NULL, description TEXT NOT NULL, created INTEGER NOT NULL, \
-         state TEXT NOT NULL, deletion_due INTEGER, rotation INTEGER, \
+        "CREATE TABLE keys (id TEXT NOT NULL PRIMARY KEY, spec TEXT NOT NULL, \
+         scheme TEXT NOT NULL, origin TEXT NOT NULL, description TEXT NOT NULL, \
+         created INTEGER NOT NULL, state TEXT NOT NULL, deletion_due INTEGER, rotation INTEGER, \
          last_rotation INTEGER NOT NULL, version_count INTEGER NOT NULL, mac BLOB NOT NULL) STRICT",
     ),
     (
         "versions",
-        "CREATE TABLE versions (id TEXT NOT NULL PRIMARY KEY, key_id TEXT NOT NULL REFERENCES keys, \
-         ordinal INTEGER NOT NULL, created INTEGER NOT NULL, sealed BLOB NOT NULL, \
-         UNIQUE (key_id, ordinal)) STRICT",
+        "CREATE TABLE versions (id TEXT NOT NULL PRIMARY KEY, \
+         key_id TEXT NOT NULL REFERENCES keys, ordinal INTEGER NOT NULL, \
+         created INTEGER NOT NULL, sealed BLOB NOT NULL, UNIQUE (key_id, ordinal)) STRICT",
     ),
     (
         "budgets",
@@ -72,7 +72,8 @@ pub(super) const TABLES: [(&str, &str); 6] = [
     ),
     (
         "fingerprints",
-        "CREATE TABLE fingerprints (fingerprint BLOB NOT NULL PRIMARY KEY, mac BLOB NOT NULL) STRICT",
+        "CREATE TABLE fingerprints (fingerprint BLOB NOT NULL PRIMARY KEY, \
+         mac BLOB NOT NULL) STRICT",
     ),
 ];
 
@@ -170,8 +171,8 @@ impl Gate {
         // Before the gate, which nothing opens again in such a process if it was being closed.
         if sqlite().inherited.load(Ordering::SeqCst) {
             let detail = format!(
-                "This process was cloned without the handlers of fork() while a store was open, so it cannot \
-                 use stores. Use fork(), or close every store before the clone. ({})",
+                "This process was cloned without the handlers of fork() while a store was open, so \
+                 it cannot use stores. Use fork(), or close every store before the clone. ({})",
                 path.display()
             );
             return Err(Error::new(ErrorKind::StoreUnavailable, detail));
@@ -213,7 +214,8 @@ pub(super) struct Open {
 impl Open {
     /// Opens the file, which has to exist, for reading and writing. Nothing is read or written yet.
     ///
-    /// The caller is inside the [`Gate`]. `path` has to be absolute: SQLite would read one that begins with `file:` as a URI.
+    /// The caller is inside the [`Gate`]. `path` has to be absolute: SQLite would read one that begins with `file:` as
+    /// a URI.
     pub(super) fn file(path: &Path) -> Outcome<Self> {
         assert!(path.is_absolute());
         let in_use = Use::begin();
@@ -310,8 +312,8 @@ impl Open {
 
     /// Rewrites the file without what deleted rows left in unused parts of pages, then cuts the log.
     ///
-    /// `secure_delete` overwrites a row where it lies. When SQLite rebuilds a page (`rebuildPage`), the place where a row
-    /// lay before may stay as it was: SQLite 3.40 left 1 of 6,700 deleted rows readable in an experiment.
+    /// `secure_delete` overwrites a row where it lies. When SQLite rebuilds a page (`rebuildPage`), the place where a
+    /// row lay before may stay as it was: SQLite 3.40 left 1 of 6,700 deleted rows readable in an experiment.
     ///
     /// `false` if a reader is in the way.
     pub(super) fn erase_leftovers(&self) -> rusqlite::Result<bool> {

@@ -4,7 +4,8 @@
 //!
 //! # Subkeys
 //! Each is HKDF-Expand (RFC 5869, HMAC-SHA256; the root key is uniform, so there is no Extract) of the root key, with
-//! info = `"keymill store"` ‖ format (u32) ‖ store id (16 bytes) ‖ purpose. A record of one store means nothing in another.
+//! info = `"keymill store"` ‖ format (u32) ‖ store id (16 bytes) ‖ purpose. A record of one store means nothing in
+//! another.
 //!
 //! | purpose | use |
 //! |---|---|

@@ -218,7 +218,8 @@ impl Inner {
         match self.try_to_erase(open) {
             Ok(true) => self.erasure_owed.store(false, Ordering::Relaxed),
             Ok(false) => log::warn!(
-                "A deleted key's sealed material is not yet erased from {path}: a reader is in the way."
+                "A deleted key's sealed material is not yet erased from {path}: a reader is in the \
+                 way."
             ),
             Err(failure) => {
                 let error = failure.explain(&self.path);

@@ -284,8 +284,8 @@ fn sealed_material_of_deleted_keys_is_nowhere_in_the_files() {
     assert_eq!(store.load().unwrap().keys.len(), 10);
 }
 
-/// `secure_delete` does not reach every stale copy of a row, so the file is rewritten. Here the stale copies are left by
-/// a connection without `secure_delete`.
+/// `secure_delete` does not reach every stale copy of a row, so the file is rewritten. Here the stale copies are left
+/// by a connection without `secure_delete`.
 #[test]
 fn stale_copies_in_unused_parts_of_pages_are_erased() {
     let (scratch, store) = Scratch::new();

@@ -183,7 +183,8 @@ fn an_edited_meta_row_is_told_from_a_wrong_root_key() {
     each_edit(&scratch, "meta", |edit| {
         let error = scratch.open().err().unwrap_or_else(|| panic!("went unseen: {edit}"));
         let expected = match edit.split(' ').next().unwrap() {
-            // Another store id means other keys: nothing opens, as with a wrong root key. Of another length it is damage.
+            // Another store id means other keys: nothing opens, as with a wrong root key. Of another length it is
+            // damage.
             "meta.store_id" => [ErrorKind::WrongRootKey, ErrorKind::StoreCorrupt],
             _ => [ErrorKind::StoreCorrupt; 2],
         };
