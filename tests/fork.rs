@@ -116,7 +116,7 @@ fn batch(engine: &Engine, count: usize, advance: bool, direct: bool) -> DataKeyB
     batch
 }
 
-/// Makes at least `count` data keys in every way there is: a fifth singly, half in large batches, the rest in small ones.
+/// Makes at least `count` data keys in every way: a fifth singly, half in large batches, the rest in small ones.
 fn make(engine: &Engine, count: usize, direct: bool) -> Vec<Made> {
     let mut made = Vec::new();
     for at in 0..count / 5 {
@@ -206,7 +206,7 @@ fn fork(home: &Path, work: impl FnOnce() -> Vec<Made>) -> Child {
     watch_parent();
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let report = home.join(format!("report-{}-{number}", std::process::id()));
-    // SAFETY: glibc makes allocation safe in the child; nothing else of the parent's is locked there, or the alarm tells.
+    // SAFETY: glibc makes allocation safe in the child; whatever else is locked there, the alarm tells.
     let pid = unsafe { libc::fork() };
     assert!(pid >= 0, "{}", std::io::Error::last_os_error());
     if pid > 0 {
