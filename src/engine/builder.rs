@@ -54,6 +54,9 @@ impl std::fmt::Debug for EngineBuilder {
 
 impl EngineBuilder {
     /// Runs large batches on this pool instead of rayon's global one.
+    ///
+    /// Needed in a forked child whose parent had started rayon's global pool before any engine: that pool has no
+    /// workers in the child, and nothing tells. (A child of a process with engines works on the caller's thread.)
     pub fn thread_pool(mut self, pool: Arc<rayon::ThreadPool>) -> Self {
         self.pool = Some(pool);
         self
