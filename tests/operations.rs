@@ -117,6 +117,25 @@ fn due_rotations_and_deletions_happen_at_their_time_and_not_before() {
 }
 
 #[test]
+fn what_becomes_due_while_an_engine_lives_happens_by_itself() {
+    let clock = Clock::at_day(1000);
+    let engine = engine_at(&clock);
+    engine.create_key(&CreateKey { rotation_period: days(30), ..named("alias/a") }).unwrap();
+    engine.create_key(&named("alias/b")).unwrap();
+    engine.schedule_key_deletion("alias/b", 30).unwrap();
+    clock.turn_to_day(1030);
+    let done = || {
+        let rotated = engine.describe_key("alias/a").unwrap().versions.len() == 2;
+        rotated && engine.describe_key("alias/b").is_err()
+    };
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while !done() {
+        assert!(std::time::Instant::now() < deadline, "nothing happened");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
 fn what_was_due_while_no_engine_ran_happens_when_one_opens() {
     let home = tempfile::tempdir().unwrap();
     let root = RootKey::from_bytes(&[5; 32]).unwrap();

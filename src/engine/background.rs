@@ -6,7 +6,7 @@
 use std::{
     sync::Arc,
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use crossbeam::channel::{self, RecvTimeoutError, Sender};
@@ -113,15 +113,20 @@ impl Watcher {
     pub(super) fn start(shared: &Arc<Shared>) -> Option<Self> {
         let (stop, stopped) = channel::bounded::<()>(0);
         let shared = Arc::clone(shared);
+        // By the engine's clock, so that a clock that is set forward finds what is due by it.
+        let mut due_at = shared.now().saturating_add(RUN_DUE_INTERVAL.as_secs());
         let watch = move || {
-            let mut due_at = Instant::now() + RUN_DUE_INTERVAL;
             let mut failing = false;
             while stopped.recv_timeout(WATCH_INTERVAL) == Err(RecvTimeoutError::Timeout) {
                 note(&mut failing, shared.refresh_if_changed());
-                if shared.config.due_work == DueWork::ByItself && Instant::now() >= due_at {
+                let now = shared.now();
+                let soon = now.saturating_add(RUN_DUE_INTERVAL.as_secs());
+                if shared.config.due_work == DueWork::ByItself && now >= due_at {
                     shared.run_due_quietly();
-                    due_at = Instant::now() + RUN_DUE_INTERVAL;
+                    due_at = soon;
                 }
+                // A clock that was set back.
+                due_at = due_at.min(soon);
             }
         };
         match thread::Builder::new().name("keymill-watch".into()).spawn(watch) {
