@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo bench --bench ratios
+//! cargo bench --bench ratios -- 4096      # these batch sizes only
 //! ```
 //! In one process and one run, the contenders take turns round by round, each round long enough to measure; medians
 //! over all rounds are printed, with the middle half as the spread. So a machine that slows down for a while slows all of them.
@@ -12,6 +13,7 @@ use std::time::Instant;
 
 use contenders::{Batch, IdiomaticLoop, aads};
 
+const SIZES: [usize; 11] = [1, 4, 16, 64, 256, 1024, 2048, 4096, 8192, 16_384, 65_536];
 const ROUNDS: usize = 61;
 /// Keys that each contender makes in a round, at least.
 const KEYS_A_ROUND: usize = 16_384;
@@ -30,7 +32,11 @@ fn main() {
         "| batch size | batch, 1 thread | batch, {threads} threads | single calls | idiomatic loop | ratio, 1 thread |"
     );
     println!("|---|---|---|---|---|---|");
-    for size in [1, 4, 16, 64, 256, 1024, 2048, 4096, 16_384, 65_536] {
+    let asked: Vec<usize> = std::env::args()
+        .filter_map(|argument| argument.parse().ok())
+        .filter(|size| *size > 0)
+        .collect();
+    for size in if asked.is_empty() { SIZES.to_vec() } else { asked } {
         let aads = aads(size);
         let mut times = [const { Vec::new() }; 4];
         for _ in 0..rounds {
