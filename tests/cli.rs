@@ -466,6 +466,19 @@ fn files_appear_when_they_are_complete() {
 }
 
 #[test]
+fn no_output_replaces_the_key_store() {
+    let scratch = Scratch::with_key();
+    let home = scratch.path("home");
+    for name in ["keys.db", "root.key", "keys.db-wal"] {
+        let out = home.join(name);
+        let out = out.to_str().expect("UTF-8");
+        scratch.run(&format!("generate --key alias/app --out {out}")).ended(1, "key store");
+        scratch.run(&format!("decrypt --in /dev/null --out {out}")).ended(1, "key store");
+    }
+    scratch.run("generate --key alias/app").done();
+}
+
+#[test]
 fn an_interrupted_run_leaves_no_file() {
     for (signal, args) in [
         ("-INT", "generate --key alias/app --count 1000000000 --out keys.jsonl"),

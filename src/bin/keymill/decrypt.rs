@@ -42,6 +42,7 @@ code is 1 if there is any."#;
 
 pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     interrupt::install()?;
+    home.spare(args.out.as_deref())?;
     let engine = home.open()?;
     let (mut lines, total) = Lines::open(&args.input)?;
     let mut stream = Stream::new(Output::open(args.out.as_deref())?, total);

@@ -107,6 +107,7 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     interrupt::install()?;
     let operation = Operation { advance: args.advance, without_plaintext: args.without_plaintext };
     let out = args.out.as_deref();
+    home.spare(out)?;
     match (&args.requests, &args.key) {
         (Some(requests), _) => {
             let engine = home.open()?;

@@ -4,7 +4,7 @@
 
 use std::{
     env,
-    fs::{DirBuilder, File},
+    fs::{self, DirBuilder, File},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -55,6 +55,22 @@ impl Home {
 
     pub(crate) fn root_key(&self) -> PathBuf {
         self.dir.join("root.key")
+    }
+
+    /// Refuses an `--out` that would replace a file of this home: with it every key would be lost.
+    pub(crate) fn spare(&self, out: Option<&Path>) -> Result<()> {
+        let Some(out) = out else { return Ok(()) };
+        let place = place_of(out);
+        // The last two are the files that SQLite keeps beside its own.
+        for name in ["keys.db", "root.key", "keys.db-wal", "keys.db-shm"] {
+            if place == place_of(&self.dir.join(name)) {
+                return Err(Failure::refused(
+                    format!("--out {out:?} is part of the key store, which would be destroyed"),
+                    "name another file",
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Opens the engine on a home that exists.
@@ -135,7 +151,7 @@ impl Home {
         let engine = Engine::create(self.store(), &root_key).inspect_err(|_| {
             // So that a second attempt starts afresh. Never beside a store, which could be under this key.
             if made && matches!(exists(&self.store()), Ok(false)) {
-                let _ = std::fs::remove_file(&path);
+                let _ = fs::remove_file(&path);
             }
         })?;
         say(format_args!(
@@ -179,6 +195,16 @@ impl Home {
             "restore root.key from its backup; without it the keys of this store are lost",
         )
     }
+}
+
+/// Where `path` leads, also if nothing is there yet.
+fn place_of(path: &Path) -> PathBuf {
+    let beside = || {
+        let directory = path.parent().filter(|parent| *parent != Path::new(""));
+        let directory = fs::canonicalize(directory.unwrap_or(Path::new("."))).ok()?;
+        Some(directory.join(path.file_name()?))
+    };
+    fs::canonicalize(path).ok().or_else(beside).unwrap_or_else(|| path.to_owned())
 }
 
 fn exists(path: &Path) -> Result<bool> {
