@@ -282,11 +282,13 @@ fn usage_errors_exit_1_and_help_exits_0() {
         ("generate", "--key"),
         ("generate --key a --count x", "'x'"),
         ("generate --key a --count -1", "'-1'"),
+        ("generate --key a --count 1e6", "in digits alone"),
         ("generate --key a --bytes -1", "'-1'"),
         ("generate --key a --requests r", "--requests"),
         ("generate --requests r --count 3", "--count"),
         ("key set-rotation a", "--every"),
         ("key schedule-deletion a", "--days"),
+        ("key schedule-deletion a --days -3", "7 to 366"),
         ("decrypt", "--in"),
     ] {
         scratch.run(args).ended(1, part);
