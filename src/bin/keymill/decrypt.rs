@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use keymill::{DecryptRequest, Engine};
+use keymill::{DecryptRequest, Engine, ErrorKind};
 
 use crate::{
-    failure::Result,
+    failure::{Result, hint},
     home::Home,
     interrupt,
     lines::Lines,
@@ -80,7 +80,10 @@ fn decrypt_window(
                         stream.rows.decrypted(&key)?;
                         stream.made();
                     }
-                    Err(error) => stream.refused(number, error, batch.request_id(index))?,
+                    Err(error) => {
+                        let (id, hint) = (batch.request_id(index), decrypt_hint(error.kind()));
+                        stream.refused_with(number, error, id, hint)?;
+                    }
                 }
                 index += 1;
             }
@@ -89,6 +92,17 @@ fn decrypt_window(
         }
     }
     stream.rows.flush()
+}
+
+/// What to do next about a line that does not open: a new key never helps.
+fn decrypt_hint(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::KeyNotFound => {
+            "the key was deleted, or is in another key store: name the one that made these lines \
+             with --home DIR or KEYMILL_HOME; `keymill key list` shows the keys of this one"
+        }
+        kind => hint(kind),
+    }
 }
 
 /// The engine's request for a line; `None` for an `Error` line.

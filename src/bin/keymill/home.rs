@@ -108,12 +108,14 @@ impl Home {
     /// Makes an empty home.
     pub(crate) fn init(&self) -> Result<()> {
         let _making = self.lock()?;
-        for path in [self.store(), self.root_key()] {
+        let hints = [
+            "use it as it is, or choose another place with --home DIR",
+            "restore its keys.db from a backup, or choose another place with --home DIR; `keymill \
+             generate --key alias/app --create` makes a new keys.db under this root.key",
+        ];
+        for (path, hint) in [self.store(), self.root_key()].into_iter().zip(hints) {
             if exists(&path)? {
-                return Err(Failure::refused(
-                    format!("{path:?} exists already"),
-                    "use it as it is, or choose another place with --home DIR",
-                ));
+                return Err(Failure::refused(format!("{path:?} exists already"), hint));
             }
         }
         self.make().map(drop)
