@@ -21,7 +21,8 @@ pub(crate) struct Args {
     #[arg(long = "in", value_name = "FILE")]
     input: PathBuf,
 
-    /// Write to this file, mode 0600, which appears when it is complete; `-` is standard output
+    /// Write to this file, mode 0600, which appears when it is complete and replaces one that is
+    /// there; `-` is standard output
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
