@@ -282,11 +282,13 @@ fn usage_errors_exit_1_and_help_exits_0() {
         ("generate", "--key"),
         ("generate --key a --count x", "'x'"),
         ("generate --key a --count -1", "'-1'"),
+        ("generate --key a --count 1e6", "in digits alone"),
         ("generate --key a --bytes -1", "'-1'"),
         ("generate --key a --requests r", "--requests"),
         ("generate --requests r --count 3", "--count"),
         ("key set-rotation a", "--every"),
         ("key schedule-deletion a", "--days"),
+        ("key schedule-deletion a --days -3", "7 to 366"),
         ("decrypt", "--in"),
     ] {
         scratch.run(args).ended(1, part);
@@ -463,6 +465,19 @@ fn files_appear_when_they_are_complete() {
         run(&mut command, b"").ended(2, "standard output");
     }
     assert_eq!(files(&scratch), ["keys.jsonl", "link"]);
+}
+
+#[test]
+fn no_output_replaces_the_key_store() {
+    let scratch = Scratch::with_key();
+    let home = scratch.path("home");
+    for name in ["keys.db", "root.key", "keys.db-wal"] {
+        let out = home.join(name);
+        let out = out.to_str().expect("UTF-8");
+        scratch.run(&format!("generate --key alias/app --out {out}")).ended(1, "key store");
+        scratch.run(&format!("decrypt --in /dev/null --out {out}")).ended(1, "key store");
+    }
+    scratch.run("generate --key alias/app").done();
 }
 
 #[test]

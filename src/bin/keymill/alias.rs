@@ -1,5 +1,6 @@
 //! `keymill alias`: names of keys.
 
+use keymill::Engine;
 use serde::Serialize;
 
 use crate::{failure::Result, home::Home, print};
@@ -44,11 +45,11 @@ pub(crate) fn run(home: &Home, command: Command) -> Result<()> {
     match command {
         Command::Create(Target { alias, key }) => {
             engine.create_alias(&alias, &key)?;
-            print::text(&format!("{alias} names {key} now.\n"))
+            now_names(&engine, &alias)
         }
         Command::Update(Target { alias, key }) => {
             engine.update_alias(&alias, &key)?;
-            print::text(&format!("{alias} names {key} now.\n"))
+            now_names(&engine, &alias)
         }
         Command::Delete { alias } => {
             engine.delete_alias(&alias)?;
@@ -69,6 +70,11 @@ pub(crate) fn run(home: &Home, command: Command) -> Result<()> {
             }
         }
     }
+}
+
+/// Tells which key an alias names. An alias given for the key only found it: the two are not linked.
+fn now_names(engine: &Engine, alias: &str) -> Result<()> {
+    print::text(&format!("{alias} names {} now.\n", engine.describe_key(alias)?.key_id))
 }
 
 /// An alias as JSON.

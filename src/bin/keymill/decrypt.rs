@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use keymill::{DecryptRequest, Engine};
+use keymill::{DecryptRequest, Engine, ErrorKind};
 
 use crate::{
-    failure::Result,
+    failure::{Result, hint},
     home::Home,
     interrupt,
     lines::Lines,
@@ -21,7 +21,8 @@ pub(crate) struct Args {
     #[arg(long = "in", value_name = "FILE")]
     input: PathBuf,
 
-    /// Write to this file, mode 0600, which appears when it is complete; `-` is standard output
+    /// Write to this file, mode 0600, which appears when it is complete and replaces one that is
+    /// there; `-` is standard output
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -42,6 +43,7 @@ code is 1 if there is any."#;
 
 pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     interrupt::install()?;
+    home.spare(args.out.as_deref())?;
     let engine = home.open()?;
     let (mut lines, total) = Lines::open(&args.input)?;
     let mut stream = Stream::new(Output::open(args.out.as_deref())?, total);
@@ -79,7 +81,10 @@ fn decrypt_window(
                         stream.rows.decrypted(&key)?;
                         stream.made();
                     }
-                    Err(error) => stream.refused(number, error, batch.request_id(index))?,
+                    Err(error) => {
+                        let (id, hint) = (batch.request_id(index), decrypt_hint(error.kind()));
+                        stream.refused_with(number, error, id, hint)?;
+                    }
                 }
                 index += 1;
             }
@@ -88,6 +93,17 @@ fn decrypt_window(
         }
     }
     stream.rows.flush()
+}
+
+/// What to do next about a line that does not open: a new key never helps.
+fn decrypt_hint(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::KeyNotFound => {
+            "the key was deleted, or is in another key store: name the one that made these lines \
+             with --home DIR or KEYMILL_HOME; `keymill key list` shows the keys of this one"
+        }
+        kind => hint(kind),
+    }
 }
 
 /// The engine's request for a line; `None` for an `Error` line.

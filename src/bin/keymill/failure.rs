@@ -162,6 +162,9 @@ fn io_hint(error: &io::Error) -> &'static str {
             "free some disk space, or choose another place"
         }
         io::ErrorKind::IsADirectory => "name a file, not a directory",
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            "a file lies where a directory should be; choose another place"
+        }
         _ => "check the path and the disk, then try again",
     }
 }

@@ -26,7 +26,8 @@ pub(crate) struct Args {
     key: Option<String>,
 
     /// How many data keys; 0 makes none
-    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true,
+          value_parser = count)]
     count: u64,
 
     /// Bytes of each data key, 1 to 1024
@@ -55,7 +56,8 @@ pub(crate) struct Args {
     #[arg(long)]
     without_plaintext: bool,
 
-    /// Write to this file, mode 0600, which appears when it is complete; `-` is standard output
+    /// Write to this file, mode 0600, which appears when it is complete and replaces one that is
+    /// there; `-` is standard output
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -75,6 +77,10 @@ Its result is one line in the same place, its byte fields in base64:
 
 A refused line gets {"Error":{"Code":"...","Message":"..."},"RequestId":"..."} in its place; the
 others are made all the same, and the exit code is 1."#;
+
+fn count(text: &str) -> std::result::Result<u64, String> {
+    text.parse().map_err(|_| format!("it is an integer from 0 to {}, in digits alone", u64::MAX))
+}
 
 fn number_of_bytes(text: &str) -> std::result::Result<u32, String> {
     text.parse()
@@ -107,6 +113,7 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     interrupt::install()?;
     let operation = Operation { advance: args.advance, without_plaintext: args.without_plaintext };
     let out = args.out.as_deref();
+    home.spare(out)?;
     match (&args.requests, &args.key) {
         (Some(requests), _) => {
             let engine = home.open()?;

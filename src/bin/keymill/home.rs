@@ -4,7 +4,7 @@
 
 use std::{
     env,
-    fs::{DirBuilder, File},
+    fs::{self, DirBuilder, File},
     io,
     path::{Path, PathBuf},
 };
@@ -52,6 +52,22 @@ impl Home {
         self.dir.join("root.key")
     }
 
+    /// Refuses an `--out` that would replace a file of this home: with it every key would be lost.
+    pub(crate) fn spare(&self, out: Option<&Path>) -> Result<()> {
+        let Some(out) = out else { return Ok(()) };
+        let place = place_of(out);
+        // The last two are the files that SQLite keeps beside its own.
+        for name in ["keys.db", "root.key", "keys.db-wal", "keys.db-shm"] {
+            if place == place_of(&self.dir.join(name)) {
+                return Err(Failure::refused(
+                    format!("--out {out:?} is part of the key store, which would be destroyed"),
+                    "name another file",
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// Opens the engine on a home that exists.
     pub(crate) fn open(&self) -> Result<Engine> {
         self.open_with(Engine::builder())
@@ -81,12 +97,14 @@ impl Home {
     /// Makes an empty home.
     pub(crate) fn init(&self) -> Result<()> {
         let _making = self.lock()?;
-        for path in [self.store(), self.root_key()] {
+        let hints = [
+            "use it as it is, or choose another place with --home DIR",
+            "restore its keys.db from a backup, or choose another place with --home DIR; `keymill \
+             generate --key alias/app --create` makes a new keys.db under this root.key",
+        ];
+        for (path, hint) in [self.store(), self.root_key()].into_iter().zip(hints) {
             if exists(&path)? {
-                return Err(Failure::refused(
-                    format!("{path:?} exists already"),
-                    "use it as it is, or choose another place with --home DIR",
-                ));
+                return Err(Failure::refused(format!("{path:?} exists already"), hint));
             }
         }
         self.make().map(drop)
@@ -124,7 +142,7 @@ impl Home {
         let engine = Engine::create(self.store(), &root_key).inspect_err(|_| {
             // So that a second attempt starts afresh. Never beside a store, which could be under this key.
             if made && matches!(exists(&self.store()), Ok(false)) {
-                let _ = std::fs::remove_file(&path);
+                let _ = fs::remove_file(&path);
             }
         })?;
         say(format_args!(
@@ -168,6 +186,16 @@ impl Home {
             "restore root.key from its backup; without it the keys of this store are lost",
         )
     }
+}
+
+/// Where `path` leads, also if nothing is there yet.
+fn place_of(path: &Path) -> PathBuf {
+    let beside = || {
+        let directory = path.parent().filter(|parent| *parent != Path::new(""));
+        let directory = fs::canonicalize(directory.unwrap_or(Path::new("."))).ok()?;
+        Some(directory.join(path.file_name()?))
+    };
+    fs::canonicalize(path).ok().or_else(beside).unwrap_or_else(|| path.to_owned())
 }
 
 fn exists(path: &Path) -> Result<bool> {

@@ -22,7 +22,7 @@ use signal_hook::{
     iterator::Signals,
 };
 
-use crate::failure::{Failure, Result, hint, say};
+use crate::failure::{Failure, Result, hint};
 
 /// How long a run may take to come to its next window.
 const GRACE: Duration = Duration::from_millis(500);
@@ -67,7 +67,7 @@ fn interrupted() -> ! {
     if let Some(path) = unfinished.take() {
         let _ = fs::remove_file(path);
     }
-    say(MESSAGE);
+    let _ = failure().report();
     // Still holding the lock: nothing is renamed between the removal and the end.
     process::exit(2);
 }
@@ -75,7 +75,7 @@ fn interrupted() -> ! {
 /// Fails once a signal has come.
 pub(crate) fn check() -> Result<()> {
     if INTERRUPTED.load(Ordering::Relaxed) {
-        return Err(Failure::broke(MESSAGE, "run the command again"));
+        return Err(failure());
     }
     Ok(())
 }
@@ -98,4 +98,9 @@ fn unfinished() -> MutexGuard<'static, Option<PathBuf>> {
     UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-const MESSAGE: &str = "interrupted; the output is incomplete, and no --out file was left";
+fn failure() -> Failure {
+    Failure::broke(
+        "interrupted; the output is incomplete, and no --out file was written",
+        "run the command again",
+    )
+}

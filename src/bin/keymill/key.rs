@@ -33,7 +33,8 @@ pub(crate) enum Command {
         #[command(flatten)]
         key: Key,
         /// Days until the deletion, 7 to 366
-        #[arg(long, value_name = "N", allow_negative_numbers = true)]
+        // The range is the engine's to judge.
+        #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = days)]
         days: u32,
     },
     /// Call a scheduled deletion off; the key is enabled again
@@ -47,6 +48,11 @@ pub(crate) enum Command {
     },
     /// Carry out the rotations and deletions that are due
     RunDue(Json),
+}
+
+fn days(text: &str) -> std::result::Result<u32, String> {
+    text.parse()
+        .map_err(|_| "InvalidParameter: PendingWindowInDays is an integer from 7 to 366".into())
 }
 
 const EXAMPLES: &str = "\
@@ -73,7 +79,7 @@ pub(crate) struct Create {
     #[arg(long, value_name = "SCHEME")]
     scheme: Option<String>,
     /// Rotate by itself every so often: an integer and d, h, m or s, 7 to 365 days
-    #[arg(long, value_name = "PERIOD")]
+    #[arg(long, value_name = "PERIOD", allow_hyphen_values = true)]
     rotate_every: Option<String>,
     /// What the key is for
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
@@ -137,7 +143,7 @@ pub(crate) struct Json {
 #[group(required = true, multiple = false)]
 pub(crate) struct Rotation {
     /// An integer and d, h, m or s, 7 to 365 days, such as 90d
-    #[arg(long, value_name = "PERIOD")]
+    #[arg(long, value_name = "PERIOD", allow_hyphen_values = true)]
     every: Option<String>,
     /// No rotation by itself
     #[arg(long)]

@@ -45,7 +45,8 @@ struct Cli {
     /// Directory of keys.db and root.key [default: $KEYMILL_HOME, or else keymill in the XDG data
     /// directory]
     // The variable is read in `home`: clap would put it into usage lines as if it had been given.
-    #[arg(long, global = true, value_name = "DIR")]
+    // Last: in the help of a command its own options come first.
+    #[arg(long, global = true, value_name = "DIR", display_order = 900)]
     home: Option<PathBuf>,
 
     #[command(subcommand)]

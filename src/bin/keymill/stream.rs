@@ -42,13 +42,20 @@ impl Stream {
 
     /// Writes the row of item `number` (counted from 1), which the engine refused.
     pub(crate) fn refused(&mut self, number: u64, error: &Error, id: RequestId) -> Result<()> {
+        self.refused_with(number, error, id, hint(error.kind()))
+    }
+
+    /// As `refused`, with another hint than the error's own.
+    pub(crate) fn refused_with(
+        &mut self,
+        number: u64,
+        error: &Error,
+        id: RequestId,
+        hint: &'static str,
+    ) -> Result<()> {
         self.rows.refused(error, id)?;
-        self.count(Refusal {
-            status: Status::of(error),
-            number,
-            message: error.to_string(),
-            hint: hint(error.kind()),
-        });
+        let (status, message) = (Status::of(error), error.to_string());
+        self.count(Refusal { status, number, message, hint });
         Ok(())
     }
 
