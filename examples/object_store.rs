@@ -4,7 +4,7 @@
 //! cargo run --release --example object_store -- FOLDER [STORE]
 //! ```
 //!
-//! Takes a folder, asks the engine **once** for one key per file, with the object's path as AAD, encrypts each file
+//! STORE is `target/object-store` unless named; objects of an earlier run are replaced. Takes a folder, asks the engine **once** for one key per file, with the object's path as AAD, encrypts each file
 //! with its key, and writes the wrapped key beside it. Then it restores the folder through one `decrypt_batch` and
 //! compares every byte. What lies in the store is useless without the engine's root key, and a wrapped key that is
 //! moved to another path does not open.
@@ -45,7 +45,7 @@ pub(crate) fn put(engine: &Engine, folder: &Path, store: &Path) -> Result<usize>
         .collect();
     let batch = engine.generate_data_key_batch(&requests)?;
     for ((path, name), made) in paths.iter().zip(&names).zip(batch.iter()) {
-        let made = made.map_err(Clone::clone)?;
+        let made = made.map_err(keymill::Error::from)?;
         let (cipher, nonce) = object_cipher(made.plaintext().ok_or("asked for with plaintext")?)?;
         let mut object = fs::read(path)?;
         cipher
@@ -158,10 +158,13 @@ fn with_suffix(place: &Path, suffix: &str) -> PathBuf {
 fn main() -> Result<()> {
     let arguments: Vec<_> = std::env::args_os().skip(1).map(PathBuf::from).collect();
     let (folder, store) = match &arguments[..] {
-        [folder] => (folder.clone(), std::env::temp_dir().join("keymill-object-store")),
+        [folder] => (folder.clone(), PathBuf::from("target/object-store")),
         [folder, store] => (folder.clone(), store.clone()),
         _ => return Err("usage: object_store FOLDER [STORE]".into()),
     };
+    if !folder.is_dir() {
+        return Err(format!("{} is no folder", folder.display()).into());
+    }
     let (objects, restored) = (store.join("objects"), store.join("restored"));
     for old in [&objects, &restored] {
         if old.exists() {

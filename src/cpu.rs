@@ -29,6 +29,8 @@ impl Tier {
     /// `InvalidParameter` if the variable holds no tier's name.
     pub fn detect() -> Result<Self> {
         match std::env::var(TIER_VARIABLE) {
+            // Set to nothing counts as not set, as in a shell.
+            Ok(name) if name.is_empty() => Ok(Self::Portable),
             Ok(name) => Self::Portable.lowered_to(&name),
             Err(std::env::VarError::NotPresent) => Ok(Self::Portable),
             Err(error) => Err(Error::invalid(format!("{TIER_VARIABLE}: {error}."))),

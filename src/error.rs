@@ -278,6 +278,13 @@ impl fmt::Debug for Error {
 
 impl std::error::Error for Error {}
 
+/// So that `?` works on the borrowed errors of a batch.
+impl From<&Error> for Error {
+    fn from(error: &Error) -> Self {
+        error.clone()
+    }
+}
+
 /// Prints a caller's string cut to a length that fits a message.
 pub(crate) struct Shortened<'a>(pub(crate) &'a str);
 

@@ -248,6 +248,24 @@ fn advance_and_without_plaintext() {
 }
 
 #[test]
+fn a_rotating_key_is_better_used_with_advance() {
+    let scratch = Scratch::with_key();
+    scratch.run("key set-rotation alias/app --every 30d").done();
+    let ran = scratch.run("generate --key alias/app --count 3");
+    assert!(ran.err.contains("rotates by itself") && ran.err.contains("--advance"), "{ran:?}");
+    assert_eq!(scratch.run("generate --key alias/app --advance").err, "");
+}
+
+#[test]
+fn decrypt_spares_the_wrapped_keys_that_it_reads() {
+    let scratch = Scratch::with_key();
+    scratch.run("generate --key alias/app --out keys.jsonl").done();
+    let before = fs::read(scratch.path("keys.jsonl")).unwrap();
+    scratch.run("decrypt --in keys.jsonl --out ./keys.jsonl").ended(1, "would be lost");
+    assert_eq!(fs::read(scratch.path("keys.jsonl")).unwrap(), before);
+}
+
+#[test]
 fn decrypt_refuses_without_saying_what_was_wrong() {
     let scratch = Scratch::with_key();
     let good = rows(&scratch.run("generate --key alias/app --bytes 4").done()).remove(0);
@@ -443,9 +461,9 @@ fn files_appear_when_they_are_complete() {
     scratch.run("generate --key alias/app --out keys.jsonl").done();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&scratch.path("keys.jsonl")), 0o600);
-    // In place, over a file that others could read.
+    // Over a file that others could read.
     fs::set_permissions(scratch.path("keys.jsonl"), PermissionsExt::from_mode(0o644)).unwrap();
-    scratch.run("decrypt --in keys.jsonl --out keys.jsonl").done();
+    scratch.run("generate --key alias/app --count 2 --out keys.jsonl").done();
     assert_eq!(mode(&scratch.path("keys.jsonl")), 0o600);
     // Through a link, which stays.
     std::os::unix::fs::symlink("keys.jsonl", scratch.path("link")).unwrap();

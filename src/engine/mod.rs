@@ -114,7 +114,7 @@ impl Engine {
     /// Creates a store in a new file at `store`.
     ///
     /// # Errors
-    /// `StoreUnavailable` if the file exists or cannot be written.
+    /// `InvalidParameter` if the file exists; `StoreUnavailable` if it cannot be written.
     pub fn create(store: impl AsRef<Path>, root_key: &RootKey) -> Result<Self> {
         Self::builder().create(store, root_key)
     }

@@ -55,7 +55,9 @@ impl RotationPeriod {
             .ok()
             .and_then(|number| number.checked_mul(unit))
             .unwrap_or(u64::MAX);
-        Self::new(Duration::from_secs(seconds))
+        Self::new(Duration::from_secs(seconds)).map_err(|_| {
+            Error::invalid(format!("RotationInterval {text:?} is outside 7 to 365 days."))
+        })
     }
 
     /// Seconds of the period.

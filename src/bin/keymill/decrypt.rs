@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use keymill::{DecryptRequest, Engine, ErrorKind};
 
 use crate::{
-    failure::{Result, hint},
-    home::Home,
+    failure::{Failure, Result, hint},
+    home::{Home, place_of},
     interrupt,
     lines::Lines,
     output::Output,
@@ -44,6 +44,13 @@ code is 1 if there is any."#;
 pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     interrupt::install()?;
     home.spare(args.out.as_deref())?;
+    let replaces = |out| args.input.is_file() && place_of(out) == place_of(&args.input);
+    if args.out.as_deref().is_some_and(replaces) {
+        return Err(Failure::refused(
+            format!("--out {:?} is the file of --in, whose wrapped keys would be lost", args.input),
+            "name another file",
+        ));
+    }
     let engine = home.open()?;
     let (mut lines, total) = Lines::open(&args.input)?;
     let mut stream = Stream::new(Output::open(args.out.as_deref())?, total);

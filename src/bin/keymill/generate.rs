@@ -15,6 +15,7 @@ use crate::{
     progress::Total,
     records::{self, Parsed, Request},
     stream::Stream,
+    warnings,
 };
 
 #[derive(clap::Args)]
@@ -114,19 +115,24 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     let operation = Operation { advance: args.advance, without_plaintext: args.without_plaintext };
     let out = args.out.as_deref();
     home.spare(out)?;
-    match (&args.requests, &args.key) {
-        (Some(requests), _) => {
-            let engine = home.open()?;
-            answer_lines(&engine, operation, requests, out)
-        }
+    let engine = match &args.key {
+        Some(key) if args.create => home.open_or_create(key)?,
+        _ => home.open()?,
+    };
+    let done = match (&args.requests, &args.key) {
+        (Some(requests), _) => answer_lines(&engine, operation, requests, out),
         (None, Some(key)) => {
-            let engine = if args.create { home.open_or_create(key)? } else { home.open()? };
             let request = GenerateDataKeyRequest::new(key, args.bytes).aad(args.aad.as_bytes());
             repeat(&engine, operation, request, args.count, out)
         }
         // Clap asks for one of them.
         (None, None) => Ok(()),
+    };
+    if engine.initial_version_uses() > 0 {
+        // The library has warned, in its own words.
+        warnings::warn("here, --advance wraps under the newest version and follows the rotation");
     }
+    done
 }
 
 /// Makes `count` data keys for the same request.

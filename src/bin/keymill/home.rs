@@ -189,7 +189,7 @@ impl Home {
 }
 
 /// Where `path` leads, also if nothing is there yet.
-fn place_of(path: &Path) -> PathBuf {
+pub(crate) fn place_of(path: &Path) -> PathBuf {
     let beside = || {
         let directory = path.parent().filter(|parent| *parent != Path::new(""));
         let directory = fs::canonicalize(directory.unwrap_or(Path::new("."))).ok()?;

@@ -2,7 +2,7 @@
 
 use std::{env, fs, thread};
 
-use keymill::Tier;
+use keymill::{TIER_VARIABLE, Tier};
 use serde::Serialize;
 
 use crate::{failure::Result, home::Home, print};
@@ -64,12 +64,22 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
             ("CPU", info.cpu),
             ("Features", info.cpu_features.join(" ")),
             ("Threads", info.threads.to_string()),
-            ("Tier", info.tier),
+            ("Tier", with_wish(info.tier)),
             ("Home", info.home),
             ("Store", info.store.unwrap_or("none yet; `keymill init` makes one".to_owned())),
         ])?;
     }
     failure.map_or(Ok(()), Err)
+}
+
+/// The tier in use, and what was asked for if that is another.
+fn with_wish(tier: String) -> String {
+    match env::var(TIER_VARIABLE) {
+        Ok(asked) if !asked.is_empty() && asked != tier => {
+            format!("{tier} ({TIER_VARIABLE} asks for {asked}, which this build does not have)")
+        }
+        _ => tier,
+    }
 }
 
 /// The model name where the system tells it.
