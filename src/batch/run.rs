@@ -3,9 +3,8 @@
 //! Everything that can fail has failed before: leases, salts, seed and memory are at hand, and nothing here returns an
 //! error.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use rayon::prelude::*;
 use zeroize::{Zeroizing, zeroize_stack};
 
 use super::plan::{Chunk, Plan, Segment, Source};
@@ -33,23 +32,44 @@ pub(crate) enum FanOut<'a> {
 
 impl FanOut<'_> {
     /// Does `work` for each of `jobs`, which stand for `item_count` items, in parallel where that pays.
+    ///
+    /// The caller works too, and takes jobs from the front while the pool's threads wake up, which may last longer
+    /// than a small batch: one that nobody comes to help with is made as if there were no pool.
     pub(crate) fn for_each<J: Send>(
         self,
         item_count: usize,
         jobs: Vec<J>,
         work: impl Fn(J) + Send + Sync,
     ) {
-        let parallel = jobs.len() > 1 && item_count >= FAN_OUT_ITEMS_MIN;
+        let threads = match self {
+            Self::Caller => 1,
+            Self::Global => rayon::current_num_threads(),
+            Self::Own(pool) => pool.current_num_threads(),
+        };
+        let helpers = if item_count >= FAN_OUT_ITEMS_MIN { threads.min(jobs.len()) } else { 1 } - 1;
+        let jobs = Mutex::new(jobs.into_iter());
+        let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let drain = || {
+            while let Some(job) = next() {
+                work(job);
+            }
+        };
         match self {
-            Self::Global if parallel && rayon::current_num_threads() > 1 => {
-                jobs.into_par_iter().for_each(work);
+            _ if helpers == 0 => drain(),
+            Self::Own(pool) => pool.in_place_scope(|scope| with_help(scope, helpers, &drain)),
+            Self::Global | Self::Caller => {
+                rayon::in_place_scope(|scope| with_help(scope, helpers, &drain));
             }
-            Self::Own(pool) if parallel && pool.current_num_threads() > 1 => {
-                pool.install(|| jobs.into_par_iter().for_each(work));
-            }
-            _ => jobs.into_iter().for_each(work),
         }
     }
+}
+
+/// Does `work` here and on `helpers` threads of the scope's pool.
+fn with_help<'s>(scope: &rayon::Scope<'s>, helpers: usize, work: &'s (dyn Fn() + Sync)) {
+    for _ in 0..helpers {
+        scope.spawn(move |_| work());
+    }
+    work();
 }
 
 /// What every chunk of a batch needs.
