@@ -12,9 +12,7 @@ use crate::{
         result::{Decrypted, DecryptedBatch},
     },
     error::{Error, Result},
-    os,
     request::DecryptRequest,
-    request_id::RequestId,
     secret::SecretBytes,
 };
 
@@ -60,15 +58,8 @@ impl Engine {
     }
 
     fn decrypt_one(&self, request: &DecryptRequest<'_>, reading: Reading) -> Result<Decrypted> {
-        loop {
-            let generation = os::generation();
-            self.process();
-            let id = self.shared().new_request_id()?;
-            let opened = self.shared().decrypt_one(request, reading, id);
-            if os::generation() == generation {
-                return opened.map_err(|error| error.with_request_id(id));
-            }
-        }
+        self.in_one_process(|shared| shared.decrypt_one(request, reading))
+            .map_err(|error| self.shared().name(error))
     }
 
     fn decrypt_many(
@@ -77,24 +68,12 @@ impl Engine {
         reading: Reading,
     ) -> Result<DecryptedBatch> {
         check_item_count(requests.len())?;
-        loop {
-            let generation = os::generation();
-            self.process();
-            let batch = self.shared().decrypt_many(requests, reading);
-            if os::generation() == generation {
-                return batch;
-            }
-        }
+        self.in_one_process(|shared| shared.decrypt_many(requests, reading))
     }
 }
 
 impl Shared {
-    fn decrypt_one(
-        &self,
-        request: &DecryptRequest<'_>,
-        reading: Reading,
-        id: RequestId,
-    ) -> Result<Decrypted> {
+    fn decrypt_one(&self, request: &DecryptRequest<'_>, reading: Reading) -> Result<Decrypted> {
         let mut ring = self.ring.load_full();
         if open::wants_newer_ring(request, &ring, reading) {
             self.refresh_if_changed()?;
@@ -108,7 +87,7 @@ impl Shared {
         Ok(Decrypted {
             key_version_id: item.version.id,
             plaintext: SecretBytes::from_vec(std::mem::take(&mut *plaintext)),
-            request_id: id,
+            request_id: self.new_request_id()?,
         })
     }
 

@@ -137,14 +137,8 @@ impl Engine {
         request: &GenerateDataKeyRequest<'_>,
         operation: Operation,
     ) -> Result<DataKey> {
-        loop {
-            let generation = os::generation();
-            self.process();
-            let made = self.shared().generate_one(request, operation);
-            if os::generation() == generation {
-                return made.map_err(|error| self.shared().name(error));
-            }
-        }
+        self.in_one_process(|shared| shared.generate_one(request, operation))
+            .map_err(|error| self.shared().name(error))
     }
 
     fn generate_many(
@@ -153,14 +147,7 @@ impl Engine {
         operation: Operation,
     ) -> Result<DataKeyBatch> {
         check_item_count(requests.len())?;
-        loop {
-            let generation = os::generation();
-            self.process();
-            let batch = self.shared().generate_many(requests, operation);
-            if os::generation() == generation {
-                return batch;
-            }
-        }
+        self.in_one_process(|shared| shared.generate_many(requests, operation))
     }
 }
 

@@ -185,6 +185,19 @@ impl Engine {
         Ok(engine)
     }
 
+    /// Runs an operation on data keys, and again if the process was forked meanwhile: then parent and child would both
+    /// hold its result.
+    fn in_one_process<T>(&self, operation: impl Fn(&Shared) -> Result<T>) -> Result<T> {
+        loop {
+            let generation = os::generation();
+            self.process();
+            let done = operation(self.shared());
+            if os::generation() == generation {
+                return done;
+            }
+        }
+    }
+
     /// This process's part, with its background thread running.
     fn process(&self) -> Current<Process> {
         let process = self.shared().process();
