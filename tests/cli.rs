@@ -7,7 +7,7 @@
 use std::{
     fs::{self, File},
     io::{Read, Write},
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -498,6 +498,21 @@ fn no_output_replaces_the_key_store() {
     scratch.run("generate --key alias/app").done();
 }
 
+/// Signals as a shell leaves them to a command in the foreground: what runs these tests may ignore them, and a program
+/// that is told to ignore a signal does.
+#[expect(unsafe_code, reason = "what a child does before it becomes the program")]
+fn in_foreground(command: &mut Command) -> &mut Command {
+    let reset = || {
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            // SAFETY: sets a default action; async-signal-safe.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        Ok(())
+    };
+    // SAFETY: `reset` allocates nothing and takes no lock.
+    unsafe { command.pre_exec(reset) }
+}
+
 #[test]
 fn an_interrupted_run_leaves_no_file() {
     for (signal, args) in [
@@ -506,7 +521,7 @@ fn an_interrupted_run_leaves_no_file() {
         ("-TERM", "generate --requests - --out keys.jsonl"),
     ] {
         let scratch = Scratch::with_key();
-        let mut child = scratch.command(args).spawn().unwrap();
+        let mut child = in_foreground(&mut scratch.command(args)).spawn().unwrap();
         let _stdin = child.stdin.take();
         while files(&scratch).is_empty() {
             thread::sleep(Duration::from_millis(5));
