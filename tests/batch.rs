@@ -42,6 +42,7 @@ fn mix(state: &mut u64) -> usize {
 #[test]
 fn every_item_of_a_mixed_batch_opens_in_its_place() {
     let (engine, names) = engine_with_keys();
+    let keys: Vec<_> = names.iter().map(|name| engine.describe_key(name).unwrap()).collect();
     let aad: Vec<u8> = (0..limits::AAD_LEN_MAX).map(|i| u8::try_from(i % 251).unwrap()).collect();
     let mut state = 7;
     for count in [0, 1, 2, 31, 32, 33, 100, 1023, 1024, 1025, 5000] {
@@ -67,7 +68,15 @@ fn every_item_of_a_mixed_batch_opens_in_its_place() {
                 .map(|(key, request)| {
                     let key = key.unwrap();
                     assert_eq!(key.plaintext().unwrap().len(), request.number_of_bytes as usize);
-                    assert!(seen.insert((key.key_version_id(), *key.iv(), key.ciphertext_blob())));
+                    let nth = names.iter().position(|name| name == request.key_id).unwrap();
+                    assert_eq!(key.key_id(), keys[nth].key_id);
+                    // One IV under one key: that of the version, or the one derived with the salt.
+                    let salt_at = if advance { limits::BLOB_HEAD_LEN } else { 0 };
+                    let salt = match keys[nth].scheme {
+                        Scheme::Derived => &key.ciphertext_blob()[salt_at..][..limits::SALT_LEN],
+                        Scheme::Direct => &[],
+                    };
+                    assert!(seen.insert((key.key_version_id(), salt, *key.iv())));
                     DecryptRequest::new(key.ciphertext_blob())
                         .key_id(request.key_id)
                         .iv(key.iv())
