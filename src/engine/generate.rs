@@ -87,7 +87,7 @@ impl Engine {
     /// bad item gets its own error and the others succeed; no item is ever half made. At most 1,048,576 items and
     /// 1 GiB of output.
     ///
-    /// Cost: below 2,048 items the work stays on the caller's thread; above, chunks are spread over rayon's threads.
+    /// Cost: below 2,048 items the work stays on the caller's thread; from there on rayon's threads help the caller.
     ///
     /// # Errors
     /// `Rejected.LimitExceeded` for a batch over its limits, before any work; `ServiceUnavailableTemporary` if there
