@@ -48,6 +48,7 @@
 //! | feature | default | brings |
 //! |---|---|---|
 //! | `cli` | yes | the `keymill` program and the crates it needs |
+//! | `bench` | yes | `keymill bench`, and the libraries that it compares with |
 //! | `deterministic` | no | `Engine::deterministic`: an in-memory engine whose every byte follows from a seed |
 //!
 //! `default-features = false` is the bare library. The environment variable `KEYMILL_TIER` lowers the tier of the
@@ -58,6 +59,9 @@ mod cpu;
 mod engine;
 mod error;
 mod kernel;
+#[cfg(any(feature = "bench", fuzzing))]
+#[doc(hidden)]
+pub mod kernels;
 mod keys;
 pub mod limits;
 mod os;

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use zeroize::{Zeroizing, zeroize_stack};
+use zeroize::zeroize_stack;
 
 use super::{
     NO_SLOT, Slots, check_output,
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     error::{Error, ErrorKind, Result},
-    kernel::{self, GcmKey, Iv, Keys},
+    kernel::{self, Iv, KeyRef, Keys},
     keys::{
         KeyVersionId,
         ring::{Key, KeyVersion, Ring},
@@ -26,6 +26,7 @@ use crate::{
     wrap::{
         Wrapper,
         blob::{self, Form},
+        derived::{Derivation, DerivedKeys},
     },
 };
 
@@ -280,12 +281,13 @@ struct OpenChunk<'a> {
 #[inline(never)]
 fn open_chunk(chunk: OpenChunk<'_>) {
     let OpenChunk { items, mut out, mut verdicts } = chunk;
+    let mut opening = Opening { derived: DerivedKeys::new(), key_of: Vec::new() };
     for run in items.chunk_by(|a, b| a.dek_len == b.dek_len) {
         let mut run = run;
         while !run.is_empty() {
-            let keys = Opening::new(run);
-            let block = run.split_off(..keys.key_of.len()).expect("no more keys than items");
-            keys.open(
+            opening.set_up(run);
+            let block = run.split_off(..opening.key_of.len()).expect("no more keys than items");
+            opening.open(
                 block,
                 out.split_off_mut(..block.len() * block[0].dek_len).expect("lengths add up"),
                 verdicts.split_off_mut(..block.len()).expect("one for each item"),
@@ -299,52 +301,47 @@ const KEYS_AT_ONCE: usize = 64;
 
 /// The keys of the first items of a run, as many as [`KEYS_AT_ONCE`] derived keys open.
 struct Opening<'a> {
-    derived: Vec<GcmKey>,
+    derived: DerivedKeys,
     key_of: Vec<KeyOf<'a>>,
 }
 
 /// The key of one item.
 #[derive(Clone, Copy)]
 enum KeyOf<'a> {
-    Version(&'a GcmKey),
+    Version(KeyRef<'a>),
     Derived(usize),
 }
 
 impl<'a> Opening<'a> {
-    fn new(items: &[Item<'a>]) -> Self {
-        let mut tier = None;
-        let mut materials = Zeroizing::new(Vec::new());
-        // Reserved in full: growing would leave copies behind.
-        materials.reserve_exact(items.len().min(KEYS_AT_ONCE));
-        let mut key_of = Vec::with_capacity(items.len());
+    fn set_up(&mut self, items: &[Item<'a>]) {
+        let mut derivations = Vec::with_capacity(items.len().min(KEYS_AT_ONCE));
+        self.key_of.clear();
         let mut last: Option<&Item<'_>> = None;
         for item in items {
             match &item.version.wrapper {
-                Wrapper::Direct(key) => key_of.push(KeyOf::Version(key)),
+                Wrapper::Direct(key) => self.key_of.push(KeyOf::Version(key.key())),
                 Wrapper::Derived { root, .. } => {
                     let same = last.is_some_and(|last| {
                         Arc::ptr_eq(last.version, item.version) && last.salt == item.salt
                     });
                     if !same {
-                        if materials.len() == KEYS_AT_ONCE {
+                        if derivations.len() == KEYS_AT_ONCE {
                             break;
                         }
-                        tier = Some(root.tier());
-                        materials.push(*root.derive_material(&item.salt));
+                        derivations.push(Derivation { root, salt: item.salt });
                     }
-                    key_of.push(KeyOf::Derived(materials.len() - 1));
+                    self.key_of.push(KeyOf::Derived(derivations.len() - 1));
                 }
             }
             last = Some(item);
         }
-        let derived = tier.map(|tier| kernel::set_up_many(tier, &materials)).unwrap_or_default();
-        Self { derived, key_of }
+        self.derived.derive_many(&derivations);
     }
 
     fn open(&self, items: &[Item<'_>], out: &mut [u8], verdicts: &mut [bool]) {
         let key = |key: &KeyOf<'a>| match *key {
             KeyOf::Version(key) => key,
-            KeyOf::Derived(at) => &self.derived[at],
+            KeyOf::Derived(at) => self.derived.key(at),
         };
         kernel::open_many(kernel::Open {
             keys: Keys::Each(&self.key_of.iter().map(key).collect::<Vec<_>>()),

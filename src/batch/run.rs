@@ -10,13 +10,19 @@ use zeroize::{Zeroizing, zeroize_stack};
 use super::plan::{Chunk, Plan, Segment, Source};
 use crate::{
     cpu::Tier,
-    kernel::{self, GcmKey, Iv, Keys},
+    kernel::{self, Iv, KeyRef, Keys},
     keys::ring::KeyVersion,
     limits::{FAN_OUT_ITEMS_MIN, IV_LEN, SALT_LEN},
     request::GenerateDataKeyRequest,
     rng,
     secret::Seed,
-    wrap::{Wrapper, blob::Layout, iv_plus, state::Reserved},
+    wrap::{
+        Wrapper,
+        blob::Layout,
+        derived::{Derivation, DerivedKeys},
+        iv_plus,
+        state::Reserved,
+    },
 };
 
 /// Where a batch's chunks run.
@@ -184,31 +190,31 @@ fn run_chunk(job: &Job<'_>, number: u64, chunk: &Chunk, columns: Columns<'_>) {
 /// The keys that a chunk derives with its salt, one for each `Derived` version that has a long run in it.
 struct Derived<'a> {
     versions: Vec<&'a Arc<KeyVersion>>,
-    keys: Vec<GcmKey>,
+    keys: DerivedKeys,
 }
 
 impl<'a> Derived<'a> {
     fn new(job: &'a Job<'_>, segments: &[Segment], start: &rng::ChunkStart) -> Self {
         let mut versions: Vec<&Arc<KeyVersion>> = Vec::new();
-        let mut materials = Zeroizing::new(Vec::new());
-        // Reserved in full: growing would leave copies behind.
-        materials.reserve_exact(segments.len());
+        let mut derivations = Vec::new();
         for segment in segments.iter().filter(|segment| segment.source == Source::Chunk) {
             let version = &job.plan.groups[segment.group].version;
             if let Wrapper::Derived { root, .. } = &version.wrapper
                 && !versions.iter().any(|known| Arc::ptr_eq(known, version))
             {
                 versions.push(version);
-                materials.push(*root.derive_material(&start.salt));
+                derivations.push(Derivation { root, salt: start.salt });
             }
         }
-        Self { versions, keys: kernel::set_up_many(job.tier, &materials) }
+        let mut keys = DerivedKeys::new();
+        keys.derive_many(&derivations);
+        Self { versions, keys }
     }
 
     /// The key of `version`. Runs of one version under one salt share it; their IVs differ by their places.
-    fn of(&self, version: &Arc<KeyVersion>) -> &GcmKey {
+    fn of(&self, version: &Arc<KeyVersion>) -> KeyRef<'_> {
         let at = self.versions.iter().position(|known| Arc::ptr_eq(known, version));
-        &self.keys[at.expect("every version with a long run was derived")]
+        self.keys.key(at.expect("every version with a long run was derived"))
     }
 }
 
@@ -219,13 +225,13 @@ fn source<'a>(
     start: &rng::ChunkStart,
     place: u64,
     derived: &'a Derived<'_>,
-) -> (&'a GcmKey, [u8; SALT_LEN], Iv) {
+) -> (KeyRef<'a>, [u8; SALT_LEN], Iv) {
     let version = &job.plan.groups[segment.group].version;
     match (&version.wrapper, segment.source) {
-        (Wrapper::Direct(key), _) => (key, [0; SALT_LEN], iv_plus(&start.iv, place)),
+        (Wrapper::Direct(key), _) => (key.key(), [0; SALT_LEN], iv_plus(&start.iv, place)),
         (Wrapper::Derived { .. }, Source::State { need, first }) => {
             let reserved = &job.reserved[need];
-            (&reserved.key, reserved.salt, iv_plus(&reserved.first_iv, first))
+            (reserved.key.key(), reserved.salt, iv_plus(&reserved.first_iv, first))
         }
         (Wrapper::Derived { .. }, Source::Chunk | Source::Version) => {
             (derived.of(version), start.salt, iv_plus(&start.iv, place))

@@ -181,13 +181,13 @@ impl Shared {
         let (gcm, salt) = match &version.wrapper {
             Wrapper::Direct(key) => {
                 self.rng.fill_each(&mut [&mut id, &mut iv, dek.as_mut_slice()])?;
-                (&**key, [0; SALT_LEN])
+                (key.key(), [0; SALT_LEN])
             }
             Wrapper::Derived { root, states } => {
                 state = states.reserve(root, &self.rng, 1)?;
                 self.rng.fill_each(&mut [&mut id, dek.as_mut_slice()])?;
                 iv = state.first_iv;
-                (&**state.key, state.salt)
+                (state.key.key(), state.salt)
             }
         };
         let layout = Layout { form: operation.form, scheme: version.wrapper.scheme(), dek_len };

@@ -8,47 +8,187 @@
 mod portable;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::Wide;
 use crate::{
-    cpu::Tier,
+    cpu::{Level, Tier},
+    error::Result,
     limits::{IV_LEN, TAG_LEN},
+    os::LockedBox,
 };
 
 /// An IV as it stands in a batch's IV column.
 pub(crate) type Iv = [u8; IV_LEN];
 
-/// A key set up for AES-GCM (round keys, H and its powers), bound to the tier that set it up. Wiped on drop.
+/// A long-lived key set up for AES-GCM (round keys, H and its powers), in locked pages, bound to the tier that set it up.
+/// Wiped on drop.
 pub(crate) struct GcmKey(GcmInner);
 
 enum GcmInner {
-    Portable(portable::GcmKey),
+    Portable(LockedBox<portable::GcmKey>),
+    #[cfg(target_arch = "x86_64")]
+    Wide(LockedBox<x86_64::Context>),
 }
 
 impl GcmKey {
     /// Sets up one key of 16, 24 or 32 bytes.
-    pub(crate) fn new(tier: Tier, material: &[u8]) -> Self {
-        match tier {
-            Tier::Portable => Self(GcmInner::Portable(portable::GcmKey::new(material))),
+    ///
+    /// # Errors
+    /// `Machine` if there is no memory.
+    pub(crate) fn new(tier: Tier, material: &[u8]) -> Result<Self> {
+        Ok(Self(match tier.level() {
+            Level::Portable => {
+                GcmInner::Portable(LockedBox::new_with(|| portable::GcmKey::new(material))?)
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Wide(wide) => {
+                GcmInner::Wide(LockedBox::new_with(|| x86_64::Context::new(wide, material))?)
+            }
+        }))
+    }
+
+    pub(crate) fn key(&self) -> KeyRef<'_> {
+        match &self.0 {
+            GcmInner::Portable(key) => KeyRef(RefInner::Portable(key)),
+            #[cfg(target_arch = "x86_64")]
+            GcmInner::Wide(context) => KeyRef(RefInner::Wide(context)),
         }
     }
 }
 
-/// Sets up many keys of one length, `materials.len()` of them, in order.
-pub(crate) fn set_up_many(tier: Tier, materials: &[[u8; 32]]) -> Vec<GcmKey> {
-    materials.iter().map(|material| GcmKey::new(tier, material)).collect()
+/// Keys that were set up together for one batch, in ordinary memory that serves again for the next ones. Wiped on drop.
+pub(crate) struct GcmKeys(ManyInner);
+
+enum ManyInner {
+    Portable(Vec<portable::GcmKey>),
+    #[cfg(target_arch = "x86_64")]
+    Wide(Vec<x86_64::Context>),
 }
 
-/// A key set up for single AES-256 blocks, which key derivation needs. Wiped on drop.
-pub(crate) struct BlockKey(portable::BlockKey);
-
-impl BlockKey {
-    pub(crate) fn new(_tier: Tier, material: &[u8; 32]) -> Self {
-        Self(portable::BlockKey::new(material))
+impl GcmKeys {
+    /// No keys.
+    pub(crate) fn new() -> Self {
+        Self(ManyInner::Portable(Vec::new()))
     }
 
-    /// Encrypts each block in place.
-    pub(crate) fn encrypt_blocks(&self, blocks: &mut [[u8; 16]]) {
-        self.0.encrypt_blocks(blocks);
+    /// Sets up AES-256 keys, in order, in place of those that were here.
+    pub(crate) fn set_up_many(&mut self, tier: Tier, materials: &[[u8; 32]]) {
+        match tier.level() {
+            Level::Portable => {
+                let keys = materials.iter().map(|key| portable::GcmKey::new(key));
+                self.0 = ManyInner::Portable(keys.collect());
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Wide(wide) => {
+                if !matches!(self.0, ManyInner::Wide(_)) {
+                    self.0 = ManyInner::Wide(Vec::new());
+                }
+                let ManyInner::Wide(contexts) = &mut self.0 else { unreachable!("just made") };
+                x86_64::set_up_many(wide, materials, contexts);
+            }
+        }
+    }
+
+    /// The key of the material at `index`.
+    pub(crate) fn key(&self, index: usize) -> KeyRef<'_> {
+        match &self.0 {
+            ManyInner::Portable(keys) => KeyRef(RefInner::Portable(&keys[index])),
+            #[cfg(target_arch = "x86_64")]
+            ManyInner::Wide(contexts) => KeyRef(RefInner::Wide(&contexts[index])),
+        }
+    }
+}
+
+/// A key that was set up, wherever it lies.
+#[derive(Clone, Copy)]
+pub(crate) struct KeyRef<'a>(RefInner<'a>);
+
+#[derive(Clone, Copy)]
+enum RefInner<'a> {
+    Portable(&'a portable::GcmKey),
+    #[cfg(target_arch = "x86_64")]
+    Wide(&'a x86_64::Context),
+}
+
+impl<'a> KeyRef<'a> {
+    fn portable(self) -> &'a portable::GcmKey {
+        match self.0 {
+            RefInner::Portable(key) => key,
+            #[cfg(target_arch = "x86_64")]
+            RefInner::Wide(_) => panic!("the keys of one call are of one tier"),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn wide(self) -> &'a x86_64::Context {
+        match self.0 {
+            RefInner::Wide(context) => context,
+            RefInner::Portable(_) => panic!("the keys of one call are of one tier"),
+        }
+    }
+}
+
+/// A key set up for single AES-256 blocks, which key derivation needs, in locked pages. Wiped on drop.
+pub(crate) struct BlockKey(BlockInner);
+
+enum BlockInner {
+    Portable(LockedBox<portable::BlockKey>),
+    #[cfg(target_arch = "x86_64")]
+    Wide(LockedBox<x86_64::BlockContext>),
+}
+
+impl BlockKey {
+    /// # Errors
+    /// `Machine` if there is no memory.
+    pub(crate) fn new(tier: Tier, material: &[u8; 32]) -> Result<Self> {
+        Ok(Self(match tier.level() {
+            Level::Portable => {
+                BlockInner::Portable(LockedBox::new_with(|| portable::BlockKey::new(material))?)
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Wide(wide) => {
+                BlockInner::Wide(LockedBox::new_with(|| x86_64::BlockContext::new(wide, material))?)
+            }
+        }))
+    }
+}
+
+/// Two blocks that one key encrypts.
+pub(crate) type BlockPair = [[u8; 16]; 2];
+
+/// Encrypts each pair of blocks in place, under the key beside it. The keys are of one tier.
+pub(crate) fn encrypt_pairs(keys: &[&BlockKey], pairs: &mut [BlockPair]) {
+    assert_eq!(keys.len(), pairs.len());
+    match keys.first().map(|key| &key.0) {
+        None => {}
+        Some(BlockInner::Portable(_)) => {
+            for (key, pair) in keys.iter().zip(pairs) {
+                key.portable().encrypt_blocks(pair);
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Some(BlockInner::Wide(first)) => x86_64::encrypt_pairs(first.wide(), keys, pairs),
+    }
+}
+
+impl BlockKey {
+    fn portable(&self) -> &portable::BlockKey {
+        match &self.0 {
+            BlockInner::Portable(key) => key,
+            #[cfg(target_arch = "x86_64")]
+            BlockInner::Wide(_) => panic!("the keys of one call are of one tier"),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn wide(&self) -> &x86_64::BlockContext {
+        match &self.0 {
+            BlockInner::Wide(context) => context,
+            BlockInner::Portable(_) => panic!("the keys of one call are of one tier"),
+        }
     }
 }
 
@@ -56,17 +196,22 @@ impl BlockKey {
 #[derive(Clone, Copy)]
 pub(crate) enum Keys<'a> {
     /// One key for all.
-    One(&'a GcmKey),
-    /// A key for each message, in order.
-    Each(&'a [&'a GcmKey]),
+    One(KeyRef<'a>),
+    /// A key for each message, in order. All of one tier; their lengths may differ.
+    Each(&'a [KeyRef<'a>]),
 }
 
 impl<'a> Keys<'a> {
-    fn of(self, message: usize) -> &'a GcmKey {
+    fn of(self, message: usize) -> KeyRef<'a> {
         match self {
             Keys::One(key) => key,
             Keys::Each(keys) => keys[message],
         }
+    }
+
+    /// The key of the first of `count` messages, whose tier is that of all.
+    fn of_first(self, count: usize) -> Option<KeyRef<'a>> {
+        (count > 0).then(|| self.of(0))
     }
 
     fn fits(self, count: usize) -> bool {
@@ -102,7 +247,12 @@ pub(crate) fn seal_many(job: Seal<'_>) {
     assert_eq!(Some(job.out.len()), count.checked_mul(job.stride));
     let end = job.len.checked_add(TAG_LEN).and_then(|end| end.checked_add(job.offset));
     assert!(end.is_some_and(|end| end <= job.stride));
-    portable::seal_many(job);
+    match job.keys.of_first(count) {
+        None => {}
+        Some(KeyRef(RefInner::Portable(_))) => portable::seal_many(job),
+        #[cfg(target_arch = "x86_64")]
+        Some(KeyRef(RefInner::Wide(first))) => x86_64::seal_many(first.wide(), job),
+    }
 }
 
 /// Messages of one length to open. `ivs.len()` is their count.
@@ -129,11 +279,20 @@ pub(crate) fn open_many(job: Open<'_>) {
     assert_eq!(Some(job.out.len()), count.checked_mul(job.len));
     let sealed_len = job.len.checked_add(TAG_LEN);
     assert!(job.sealed.iter().all(|sealed| Some(sealed.len()) == sealed_len));
-    portable::open_many(job);
+    match job.keys.of_first(count) {
+        None => {}
+        Some(KeyRef(RefInner::Portable(_))) => portable::open_many(job),
+        #[cfg(target_arch = "x86_64")]
+        Some(KeyRef(RefInner::Wide(first))) => x86_64::open_many(first.wide(), job),
+    }
 }
 
 /// Writes the ChaCha20 key stream of `rand_chacha::ChaCha20Rng` (64-bit counter, 64-bit stream id) from the start of
 /// 64-byte block `block` of stream `stream`.
-pub(crate) fn chacha_fill(_tier: Tier, seed: &[u8; 32], stream: u64, block: u64, out: &mut [u8]) {
-    portable::chacha_fill(seed, stream, block, out);
+pub(crate) fn chacha_fill(tier: Tier, seed: &[u8; 32], stream: u64, block: u64, out: &mut [u8]) {
+    match tier.level() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Wide(Wide::Vaes512(token)) => x86_64::chacha_fill(token, seed, stream, block, out),
+        _ => portable::chacha_fill(seed, stream, block, out),
+    }
 }

@@ -87,7 +87,7 @@ impl BlockKey {
 pub(super) fn seal_many(job: Seal<'_>) {
     let Seal { keys, ivs, aads, len, plaintexts, out, stride, offset } = job;
     for (i, (iv, aad)) in ivs.iter().zip(aads).enumerate() {
-        let super::GcmInner::Portable(key) = &keys.of(i).0;
+        let key = keys.of(i).portable();
         let start = i * stride + offset;
         key.seal(iv, aad, &plaintexts[i * len..][..len], &mut out[start..start + len + TAG_LEN]);
     }
@@ -96,7 +96,7 @@ pub(super) fn seal_many(job: Seal<'_>) {
 pub(super) fn open_many(job: Open<'_>) {
     let Open { keys, ivs, aads, sealed, len, out, verdicts } = job;
     for (i, (iv, aad)) in ivs.iter().zip(aads).enumerate() {
-        let super::GcmInner::Portable(key) = &keys.of(i).0;
+        let key = keys.of(i).portable();
         let out = &mut out[i * len..][..len];
         verdicts[i] = key.open(iv, aad, sealed[i], out);
         if !verdicts[i] {

@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn generated_ids_are_read_again() {
-        let rng = Rng::Os(Tier::Portable);
+        let rng = Rng::Os(Tier::PORTABLE);
         for _ in 0..200 {
             let key = KeyId::generate(&rng).unwrap();
             let version = KeyVersionId::generate(&key, &rng).unwrap();

@@ -140,16 +140,16 @@ mod tests {
     #[test]
     fn chunks_of_one_seed_share_nothing_and_follow_the_layout() {
         let seed = Zeroizing::new([9; 32]);
-        let (a, b) = (chunk_start(Tier::Portable, &seed, 0), chunk_start(Tier::Portable, &seed, 1));
+        let (a, b) = (chunk_start(Tier::PORTABLE, &seed, 0), chunk_start(Tier::PORTABLE, &seed, 1));
         assert_ne!((a.salt, a.iv), (b.salt, b.iv));
         let mut stream = [0; 128];
-        kernel::chacha_fill(Tier::Portable, &seed, 1, 0, &mut stream);
+        kernel::chacha_fill(Tier::PORTABLE, &seed, 1, 0, &mut stream);
         assert_eq!(
             (b.salt, b.iv),
             (stream[..12].try_into().unwrap(), stream[12..24].try_into().unwrap())
         );
         let mut deks = [0; 64];
-        chunk_deks(Tier::Portable, &seed, 1, &mut deks);
+        chunk_deks(Tier::PORTABLE, &seed, 1, &mut deks);
         assert_eq!(deks, stream[64..]);
     }
 
@@ -160,7 +160,7 @@ mod tests {
             rng.fill(&mut out).unwrap();
             out
         };
-        let (a, b) = (Rng::seeded(Tier::Portable, [1; 32]), Rng::seeded(Tier::Portable, [1; 32]));
+        let (a, b) = (Rng::seeded(Tier::PORTABLE, [1; 32]), Rng::seeded(Tier::PORTABLE, [1; 32]));
         let first = draw(&a);
         assert_eq!(first, draw(&b));
         assert_ne!(first, draw(&a));

@@ -148,7 +148,7 @@ mod tests {
             for round in 0..3000usize {
                 let mut out = vec![0; 32 + round % 400];
                 let mut other = vec![0; 16 + round % 90];
-                fill(Tier::Portable, &mut [&mut out, &mut other]).unwrap();
+                fill(Tier::PORTABLE, &mut [&mut out, &mut other]).unwrap();
                 seen.push(<[u8; 16]>::try_from(&other[..16]).unwrap());
                 seen.push(<[u8; 16]>::try_from(&out[..16]).unwrap());
                 seen.push(<[u8; 16]>::try_from(&out[out.len() - 16..]).unwrap());
@@ -166,10 +166,10 @@ mod tests {
         let pool = ready(&mut slot, os::generation()).unwrap();
         let before = *pool.key_mut();
         let mut out = [0; 64];
-        pool.draw(Tier::Portable, &mut [&mut out]);
+        pool.draw(Tier::PORTABLE, &mut [&mut out]);
         let after = *pool.key_mut();
         let mut stream = [0; 96];
-        kernel::chacha_fill(Tier::Portable, &before, 0, 0, &mut stream);
+        kernel::chacha_fill(Tier::PORTABLE, &before, 0, 0, &mut stream);
         // Handed out: bytes 32.. of the old key's stream; kept: bytes ..32, from which the old key does not follow.
         assert_eq!((out.as_slice(), after.as_slice()), (&stream[32..], &stream[..32]));
         assert_ne!(before, after);
@@ -180,7 +180,7 @@ mod tests {
         let fresh_thread = std::thread::spawn(|| {
             os::tests::without_mark(|| {
                 let (mut one, mut other) = ([0; 32], [0; 32]);
-                fill(Tier::Portable, &mut [&mut one, &mut other]).unwrap();
+                fill(Tier::PORTABLE, &mut [&mut one, &mut other]).unwrap();
                 assert!(one != other && one != [0; 32]);
                 POOL.with_borrow(|pool| assert!(pool.is_none()));
             });

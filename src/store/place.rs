@@ -38,7 +38,7 @@ impl Draft {
             return Err(Io::AlreadyExists.into());
         }
         let mut number = [0; 8];
-        Rng::Os(Tier::Portable).fill_from_os(&mut number).map_err(io::Error::other)?;
+        Rng::Os(Tier::PORTABLE).fill_from_os(&mut number).map_err(io::Error::other)?;
         let passing = with_suffix(place, &format!(".{:016x}.new", u64::from_be_bytes(number)));
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(&passing)?;
         Ok(Self { place: place.to_owned(), passing })

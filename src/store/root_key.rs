@@ -42,7 +42,7 @@ impl RootKey {
     pub fn create_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = &absolute(path.as_ref())?;
         let mut bytes = Zeroizing::new([0; ROOT_KEY_LEN]);
-        Rng::Os(Tier::Portable).fill_from_os(&mut *bytes)?;
+        Rng::Os(Tier::PORTABLE).fill_from_os(&mut *bytes)?;
         let written = Draft::new(path).and_then(|draft| {
             draft.write(&*bytes)?;
             draft.publish()

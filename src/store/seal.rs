@@ -114,7 +114,7 @@ impl Fields {
 /// The subkeys of one store, in locked pages.
 pub(super) struct StoreKeys {
     pub(super) id: StoreId,
-    seal: LockedBox<XaesKey>,
+    seal: XaesKey,
     mac: LockedBox<[u8; 32]>,
     fingerprint: LockedBox<[u8; 32]>,
 }
@@ -132,7 +132,7 @@ impl StoreKeys {
         };
         Ok(Self {
             id,
-            seal: LockedBox::new_with(|| XaesKey::new(tier, &subkey(b"seal")))?,
+            seal: XaesKey::new(tier, &subkey(b"seal"))?,
             mac: LockedBox::new_with(|| *subkey(b"mac"))?,
             fingerprint: LockedBox::new_with(|| *subkey(b"fingerprint"))?,
         })
@@ -214,7 +214,7 @@ mod tests {
 
     fn keys(root: u8, store: u8) -> StoreKeys {
         let root = RootKey::from_bytes(&[root; 32]).unwrap();
-        StoreKeys::derive(&root, StoreId([store; 16]), Tier::Portable).unwrap()
+        StoreKeys::derive(&root, StoreId([store; 16]), Tier::PORTABLE).unwrap()
     }
 
     fn row(keys: &StoreKeys) -> Fields {
@@ -223,7 +223,7 @@ mod tests {
 
     #[test]
     fn a_sealed_record_opens_under_its_own_key_store_and_fields_alone() {
-        let rng = Rng::Os(Tier::Portable);
+        let rng = Rng::Os(Tier::PORTABLE);
         let ours = keys(1, 1);
         for len in [16, 24, 32] {
             let material = Material::new(&vec![0xab; len]).unwrap();
@@ -293,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_check_value_tells_root_keys_and_stores_apart() {
-        let check = keys(1, 1).check_value(&Rng::Os(Tier::Portable)).unwrap();
+        let check = keys(1, 1).check_value(&Rng::Os(Tier::PORTABLE)).unwrap();
         assert!(keys(1, 1).opens(&check));
         assert!(!keys(2, 1).opens(&check) && !keys(1, 2).opens(&check) && !keys(1, 1).opens(b""));
     }

@@ -8,54 +8,59 @@
 //! XAES-256-GCM(K, salt || IV, ...) = AES-256-GCM(Kx, IV, ...)
 //! ```
 
-use zeroize::{Zeroizing, zeroize_stack};
+use zeroize::{Zeroize, Zeroizing, zeroize_stack};
 
 use crate::{
     cpu::Tier,
-    kernel::{self, BlockKey, GcmKey, Keys},
+    error::Result,
+    kernel::{self, BlockKey, BlockPair, GcmKey, GcmKeys, KeyRef, Keys},
     limits::{IV_LEN, SALT_LEN, TAG_LEN},
+    os::LockedBox,
 };
 
-/// A key version prepared for derivations.
+/// A key version prepared for derivations, in locked pages.
 pub(crate) struct XaesKey {
     tier: Tier,
     block: BlockKey,
-    k1: Zeroizing<[u8; 16]>,
+    k1: LockedBox<[u8; 16]>,
 }
 
 impl XaesKey {
-    pub(crate) fn new(tier: Tier, material: &[u8; 32]) -> Self {
-        let block = BlockKey::new(tier, material);
-        let mut l = Zeroizing::new([[0; 16]]);
-        block.encrypt_blocks(&mut *l);
-        let l = Zeroizing::new(u128::from_be_bytes(l[0]));
+    /// # Errors
+    /// `Machine` if there is no memory.
+    pub(crate) fn new(tier: Tier, material: &[u8; 32]) -> Result<Self> {
+        let block = BlockKey::new(tier, material)?;
+        let mut k1 = LockedBox::new_with(|| [0; 16])?;
+        let mut pair = Zeroizing::new([[[0; 16]; 2]]);
+        kernel::encrypt_pairs(&[&block], &mut *pair);
+        let l = Zeroizing::new(u128::from_be_bytes(pair[0][0]));
         // The top bit of L selects 0x87 without a branch: L is secret.
-        let k1 = Zeroizing::new((*l << 1) ^ ((*l >> 127) * 0x87));
-        Self { tier, block, k1: Zeroizing::new(k1.to_be_bytes()) }
+        let doubled = Zeroizing::new((*l << 1) ^ ((*l >> 127) * 0x87));
+        *k1 = doubled.to_be_bytes();
+        zeroize_stack::<8192>();
+        Ok(Self { tier, block, k1 })
     }
 
-    /// The tier whose kernels derive and seal.
-    pub(crate) fn tier(&self) -> Tier {
-        self.tier
+    /// The AES-256-GCM key of `salt`, set up to be kept.
+    ///
+    /// # Errors
+    /// `Machine` if there is no memory.
+    pub(crate) fn derive(&self, salt: &[u8; SALT_LEN]) -> Result<GcmKey> {
+        let mut derived = DerivedKeys::new();
+        derived.derive_materials(&[Derivation { root: self, salt: *salt }]);
+        GcmKey::new(self.tier, &derived.materials()[0])
     }
 
-    /// The AES-256-GCM key of `salt`, set up.
-    pub(crate) fn derive(&self, salt: &[u8; SALT_LEN]) -> GcmKey {
-        GcmKey::new(self.tier, &*self.derive_material(salt))
-    }
-
-    /// The AES-256-GCM key of `salt`, raw.
-    pub(crate) fn derive_material(&self, salt: &[u8; SALT_LEN]) -> Zeroizing<[u8; 32]> {
-        let mut halves = Zeroizing::new([[0; 16]; 2]);
-        for (half, number) in halves.iter_mut().zip(1..) {
+    /// The two blocks whose encryption is the key of `salt`.
+    fn masked_pair(&self, salt: &[u8; SALT_LEN]) -> BlockPair {
+        let mut pair = [[0; 16]; 2];
+        for (half, number) in pair.iter_mut().zip(1..) {
             half[..4].copy_from_slice(&[0, number, b'X', 0]);
             half[4..].copy_from_slice(salt);
-            for (byte, mask) in half.iter_mut().zip(self.k1.iter()) {
-                *byte ^= mask;
-            }
+            let masked = u128::from_ne_bytes(*half) ^ u128::from_ne_bytes(*self.k1);
+            *half = masked.to_ne_bytes();
         }
-        self.block.encrypt_blocks(&mut *halves);
-        Zeroizing::new(halves.as_flattened().try_into().expect("two blocks"))
+        pair
     }
 
     /// Seals one message into `out` (ciphertext and tag) under the 24-byte nonce salt ‖ IV. For few messages, such as
@@ -68,8 +73,10 @@ impl XaesKey {
         out: &mut [u8],
     ) {
         let (salt, iv) = split(nonce);
+        let mut derived = DerivedKeys::new();
+        derived.derive_many(&[Derivation { root: self, salt }]);
         kernel::seal_many(kernel::Seal {
-            keys: Keys::One(&self.derive(&salt)),
+            keys: Keys::One(derived.key(0)),
             ivs: &[iv],
             aads: &[aad],
             len: plaintext.len(),
@@ -92,8 +99,10 @@ impl XaesKey {
         let (salt, iv) = split(nonce);
         let mut verdict = [false];
         if sealed.len() == out.len() + TAG_LEN {
+            let mut derived = DerivedKeys::new();
+            derived.derive_many(&[Derivation { root: self, salt }]);
             kernel::open_many(kernel::Open {
-                keys: Keys::One(&self.derive(&salt)),
+                keys: Keys::One(derived.key(0)),
                 ivs: &[iv],
                 aads: &[aad],
                 sealed: &[sealed],
@@ -104,6 +113,54 @@ impl XaesKey {
         }
         zeroize_stack::<8192>();
         verdict[0]
+    }
+}
+
+/// A key to be derived.
+#[derive(Clone, Copy)]
+pub(crate) struct Derivation<'a> {
+    pub(crate) root: &'a XaesKey,
+    pub(crate) salt: [u8; SALT_LEN],
+}
+
+/// Derived keys of one batch, in memory that serves again for the next ones. Wiped on drop.
+pub(crate) struct DerivedKeys {
+    keys: GcmKeys,
+    /// The raw keys, while they are set up; zeros otherwise.
+    pairs: Zeroizing<Vec<BlockPair>>,
+}
+
+impl DerivedKeys {
+    /// No keys.
+    pub(crate) fn new() -> Self {
+        Self { keys: GcmKeys::new(), pairs: Zeroizing::default() }
+    }
+
+    /// Derives the AES-256-GCM key of each derivation and sets it up, all of them together, in place of those that were
+    /// here. The roots are of one tier.
+    pub(crate) fn derive_many(&mut self, derivations: &[Derivation<'_>]) {
+        let Some(first) = derivations.first() else { return };
+        self.derive_materials(derivations);
+        let materials = self.pairs.as_flattened().as_flattened().as_chunks().0;
+        self.keys.set_up_many(first.root.tier, materials);
+        self.pairs.as_flattened_mut().as_flattened_mut().zeroize();
+    }
+
+    fn derive_materials(&mut self, derivations: &[Derivation<'_>]) {
+        // All zeros, so that growing leaves no keys behind.
+        self.pairs.clear();
+        self.pairs.extend(derivations.iter().map(|one| one.root.masked_pair(&one.salt)));
+        let keys: Vec<_> = derivations.iter().map(|one| &one.root.block).collect();
+        kernel::encrypt_pairs(&keys, &mut self.pairs);
+    }
+
+    fn materials(&self) -> &[[u8; 32]] {
+        self.pairs.as_flattened().as_flattened().as_chunks().0
+    }
+
+    /// The key of the derivation at `index`.
+    pub(crate) fn key(&self, index: usize) -> KeyRef<'_> {
+        self.keys.key(index)
     }
 }
 
@@ -128,7 +185,7 @@ mod tests {
 
     fn seal(key: &[u8; 32], nonce: &[u8; 24], aad: &[u8], plaintext: &[u8]) -> Vec<u8> {
         let mut out = vec![0; plaintext.len() + TAG_LEN];
-        XaesKey::new(Tier::Portable, key).seal(nonce, aad, plaintext, &mut out);
+        XaesKey::new(Tier::PORTABLE, key).unwrap().seal(nonce, aad, plaintext, &mut out);
         out
     }
 
@@ -171,7 +228,12 @@ mod tests {
             assert_eq!(sealed, other.encrypt(&nonce.into(), payload).unwrap(), "round {round}");
 
             let mut opened = vec![0; plaintext.len()];
-            assert!(XaesKey::new(Tier::Portable, &key).open(&nonce, &aad, &sealed, &mut opened));
+            assert!(XaesKey::new(Tier::PORTABLE, &key).unwrap().open(
+                &nonce,
+                &aad,
+                &sealed,
+                &mut opened
+            ));
             assert_eq!(opened, plaintext);
         }
         let mut digest = [0; 32];

@@ -11,7 +11,6 @@ use crate::{
     cpu::Tier,
     error::{Error, Result},
     kernel::GcmKey,
-    os::LockedBox,
     secret::Material,
 };
 use derived::XaesKey;
@@ -59,8 +58,8 @@ impl fmt::Display for Scheme {
 
 /// The material of a key version, set up for its scheme, in locked pages.
 pub(crate) enum Wrapper {
-    Direct(LockedBox<GcmKey>),
-    Derived { root: LockedBox<XaesKey>, states: StateSlots },
+    Direct(GcmKey),
+    Derived { root: XaesKey, states: StateSlots },
 }
 
 impl Wrapper {
@@ -70,16 +69,13 @@ impl Wrapper {
     /// `InvalidParameter` for `Derived` with material of other than 32 bytes.
     pub(crate) fn new(tier: Tier, scheme: Scheme, material: &Material) -> Result<Self> {
         match scheme {
-            Scheme::Direct => {
-                let key = LockedBox::new_with(|| GcmKey::new(tier, material.expose()))?;
-                Ok(Self::Direct(key))
-            }
+            Scheme::Direct => Ok(Self::Direct(GcmKey::new(tier, material.expose())?)),
             Scheme::Derived => {
                 let material: &[u8; 32] = material
                     .expose()
                     .try_into()
                     .map_err(|_| Error::invalid("Scheme \"derived\" needs an AES_256 key."))?;
-                let root = LockedBox::new_with(|| XaesKey::new(tier, material))?;
+                let root = XaesKey::new(tier, material)?;
                 Ok(Self::Derived { root, states: StateSlots::default() })
             }
         }
@@ -119,8 +115,8 @@ mod tests {
     fn derived_wants_aes_256() {
         for len in [16, 24] {
             let material = Material::new(&vec![1; len]).unwrap();
-            assert!(Wrapper::new(Tier::Portable, Scheme::Derived, &material).is_err());
-            assert!(Wrapper::new(Tier::Portable, Scheme::Direct, &material).is_ok());
+            assert!(Wrapper::new(Tier::PORTABLE, Scheme::Derived, &material).is_err());
+            assert!(Wrapper::new(Tier::PORTABLE, Scheme::Direct, &material).is_ok());
         }
     }
 }

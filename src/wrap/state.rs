@@ -19,7 +19,7 @@ use crate::{
     error::Result,
     kernel::{GcmKey, Iv},
     limits::{IV_LEN, SALT_LEN, STATE_AGE_MAX, STATE_SLOTS, STATE_WRAPS_MAX},
-    os::{self, Generation, LockedBox},
+    os::{self, Generation},
     rng::Rng,
 };
 
@@ -30,7 +30,7 @@ struct WrappingState {
     generation: Generation,
     born_ms: u64,
     salt: [u8; SALT_LEN],
-    key: Arc<LockedBox<GcmKey>>,
+    key: Arc<GcmKey>,
     next_iv: Iv,
     left: u64,
 }
@@ -38,7 +38,7 @@ struct WrappingState {
 /// IVs `first_iv`, `first_iv + 1`, ... of one salt, for as many wraps as were asked for.
 pub(crate) struct Reserved {
     pub(crate) salt: [u8; SALT_LEN],
-    pub(crate) key: Arc<LockedBox<GcmKey>>,
+    pub(crate) key: Arc<GcmKey>,
     pub(crate) first_iv: Iv,
 }
 
@@ -157,7 +157,7 @@ impl WrappingState {
             generation,
             born_ms,
             salt,
-            key: Arc::new(LockedBox::new_with(|| root.derive(&salt))?),
+            key: Arc::new(root.derive(&salt)?),
             next_iv: iv.try_into().expect("IV_LEN"),
             left: STATE_WRAPS_MAX,
         })
@@ -172,12 +172,12 @@ mod tests {
     use crate::cpu::Tier;
 
     fn set_up() -> (XaesKey, StateSlots) {
-        (XaesKey::new(Tier::Portable, &[7; 32]), StateSlots::default())
+        (XaesKey::new(Tier::PORTABLE, &[7; 32]).unwrap(), StateSlots::default())
     }
 
     #[test]
     fn no_salt_and_iv_twice_across_threads() {
-        let ((root, states), rng) = (set_up(), Rng::Os(Tier::Portable));
+        let ((root, states), rng) = (set_up(), Rng::Os(Tier::PORTABLE));
         let take = || -> Vec<_> {
             (0..2000)
                 .flat_map(|round| {
@@ -196,7 +196,7 @@ mod tests {
 
     #[test]
     fn a_state_ends_with_its_wraps_and_with_its_second() {
-        let ((root, states), rng) = (set_up(), Rng::Os(Tier::Portable));
+        let ((root, states), rng) = (set_up(), Rng::Os(Tier::PORTABLE));
         let salt = |count| states.reserve(&root, &rng, count).unwrap().salt;
         let first = salt(STATE_WRAPS_MAX - 1);
         assert_eq!(salt(1), first);
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn where_forks_cannot_be_told_no_state_is_kept() {
-        let ((root, states), rng) = (set_up(), Rng::Os(Tier::Portable));
+        let ((root, states), rng) = (set_up(), Rng::Os(Tier::PORTABLE));
         os::tests::without_mark(|| {
             let salt = || states.reserve(&root, &rng, 1).unwrap().salt;
             assert_ne!(salt(), salt());
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn resting_slots_keep_nothing() {
-        let ((root, states), rng) = (set_up(), Rng::Os(Tier::Portable));
+        let ((root, states), rng) = (set_up(), Rng::Os(Tier::PORTABLE));
         states.reserve(&root, &rng, 1).unwrap();
         assert_eq!(states.kept(), 1);
         states.rest();

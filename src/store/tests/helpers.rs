@@ -20,7 +20,7 @@ use crate::{
 };
 
 pub(super) fn rng() -> Rng {
-    Rng::Os(Tier::Portable)
+    Rng::Os(Tier::PORTABLE)
 }
 
 pub(super) fn root() -> RootKey {

@@ -1,0 +1,43 @@
+//! AES-GCM on AES-NI and PCLMULQDQ: one message in a register, several registers in flight.
+
+use std::arch::x86_64::*;
+
+use super::{super::Iv, gcm::gcm_kernel, set_up::set_up_kernel};
+
+type V = __m128i;
+const LANES: usize = 1;
+
+gcm_kernel! {
+    "aes,pclmulqdq,sse4.1,ssse3";
+
+    fn zero() -> V { _mm_setzero_si128() }
+    fn xor(a: V, b: V) -> V { _mm_xor_si128(a, b) }
+    fn and(a: V, b: V) -> V { _mm_and_si128(a, b) }
+    fn aesenc(block: V, key: V) -> V { _mm_aesenc_si128(block, key) }
+    fn aesenclast(block: V, key: V) -> V { _mm_aesenclast_si128(block, key) }
+    fn clmul<const HALVES: i32>(a: V, b: V) -> V { _mm_clmulepi64_si128::<HALVES>(a, b) }
+    fn shuffle(block: V, places: V) -> V { _mm_shuffle_epi8(block, places) }
+    fn swap_halves(block: V) -> V { _mm_shuffle_epi32::<0x4e>(block) }
+    fn shift_left_bytes<const N: i32>(block: V) -> V { _mm_bslli_si128::<N>(block) }
+    fn twice(block: V) -> V { _mm_add_epi64(block, block) }
+    fn top_bits(block: V) -> V { _mm_srli_epi64::<63>(block) }
+    fn spread_sign(block: V) -> V { _mm_shuffle_epi32::<0xff>(_mm_srai_epi32::<31>(block)) }
+    fn broadcast(block: __m128i) -> V { block }
+    fn from_lanes(lanes: [__m128i; LANES]) -> V { lanes[0] }
+    fn to_lanes(register: V) -> [__m128i; LANES] { [register] }
+    fn load_ivs(ivs: &[Iv; LANES]) -> V {
+        let mut bytes = [0; 16];
+        bytes[..12].copy_from_slice(&ivs[0]);
+        load(&bytes)
+    }
+}
+
+set_up_kernel!("aes,pclmulqdq,sse4.1,ssse3");
+
+/// H and its powers, for a context that has its round keys already.
+#[target_feature(enable = "aes,pclmulqdq,sse4.1,ssse3")]
+pub(super) fn set_up_powers_of(context: &mut Context) {
+    let mut block = [[zero(); 1]; 1];
+    encrypt(&[[&context.schedule]], &mut block);
+    set_up_powers(block[0][0], std::array::from_mut(context));
+}

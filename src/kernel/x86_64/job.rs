@@ -1,0 +1,203 @@
+//! What a kernel works on, with its lengths checked once, and how its messages are cut into passes.
+
+use super::super::{Iv, Open, Seal};
+use crate::limits::TAG_LEN;
+
+/// The job of a [`Seal`] or an [`Open`].
+///
+/// The pointers that it gives out rest on these facts, which [`Job::seal`] and [`Job::open`] assert and nothing changes:
+/// each column has an element for each message; an input has `len` bytes (and a tag behind, when opening); an output
+/// has `len` bytes (and room for a tag behind, when sealing), apart from all others, within `out`.
+pub(super) struct Job<'a> {
+    ivs: &'a [Iv],
+    aads: &'a [&'a [u8]],
+    len: usize,
+    /// Plaintexts of `len` bytes, side by side, of a sealing job.
+    plaintexts: &'a [u8],
+    /// Ciphertext and tag of each message, of an opening job.
+    sealed: &'a [&'a [u8]],
+    out: &'a mut [u8],
+    stride: usize,
+    offset: usize,
+    verdicts: &'a mut [bool],
+    /// The length of every AAD, if they have one.
+    aad_len: Option<usize>,
+}
+
+/// The first message of a subgroup: so many messages of the job as a register has lanes.
+#[derive(Clone, Copy)]
+pub(super) struct Start<const LANES: usize> {
+    at: usize,
+    /// Messages before this one are done.
+    done: usize,
+}
+
+impl<'a> Job<'a> {
+    pub(super) fn seal(job: Seal<'a>) -> Self {
+        let Seal { keys: _, ivs, aads, len, plaintexts, out, stride, offset } = job;
+        let count = ivs.len();
+        assert_eq!(aads.len(), count);
+        assert_eq!(Some(plaintexts.len()), count.checked_mul(len));
+        assert_eq!(Some(out.len()), count.checked_mul(stride));
+        let end = len.checked_add(TAG_LEN).and_then(|end| end.checked_add(offset));
+        assert!(end.is_some_and(|end| end <= stride));
+        let (sealed, verdicts, aad_len) = (&[][..], &mut [][..], one_len(aads));
+        Self { ivs, aads, len, plaintexts, sealed, out, stride, offset, verdicts, aad_len }
+    }
+
+    pub(super) fn open(job: Open<'a>) -> Self {
+        let Open { keys: _, ivs, aads, sealed, len, out, verdicts } = job;
+        let count = ivs.len();
+        assert!(aads.len() == count && sealed.len() == count && verdicts.len() == count);
+        assert_eq!(Some(out.len()), count.checked_mul(len));
+        let sealed_len = len.checked_add(TAG_LEN);
+        assert!(sealed.iter().all(|sealed| Some(sealed.len()) == sealed_len));
+        let (stride, offset, aad_len) = (len, 0, one_len(aads));
+        let plaintexts = &[];
+        Self { ivs, aads, len, plaintexts, sealed, out, stride, offset, verdicts, aad_len }
+    }
+
+    #[inline]
+    pub(super) fn count(&self) -> usize {
+        self.ivs.len()
+    }
+
+    /// Bytes of each message.
+    #[inline]
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The length of every AAD, if they have one.
+    #[inline]
+    pub(super) fn aad_len(&self) -> Option<usize> {
+        self.aad_len
+    }
+
+    /// Columns of key stream: one for the tag, and one for each block.
+    #[inline]
+    pub(super) fn columns(&self) -> usize {
+        1 + self.len.div_ceil(16)
+    }
+
+    /// The number of AAD blocks, if AADs and messages are all whole blocks, the same number in each message, and no
+    /// message has more than `blocks_max` blocks to hash.
+    #[inline]
+    pub(super) fn short_aad_blocks(&self, blocks_max: usize) -> Option<usize> {
+        let aad_len = self.aad_len?;
+        let whole = aad_len.is_multiple_of(16) && self.len.is_multiple_of(16);
+        (whole && aad_len / 16 + self.columns() <= blocks_max).then_some(aad_len / 16)
+    }
+
+    #[inline]
+    pub(super) fn ivs<const LANES: usize>(&self, start: Start<LANES>) -> &'a [Iv; LANES] {
+        self.ivs[start.at..].first_chunk().expect("a full subgroup")
+    }
+
+    #[inline]
+    pub(super) fn aads<const LANES: usize>(&self, start: Start<LANES>) -> &'a [&'a [u8]; LANES] {
+        self.aads[start.at..].first_chunk().expect("a full subgroup")
+    }
+
+    /// The inputs of a subgroup's messages: each is good for reading `len` bytes, and a tag behind them when opening.
+    #[inline]
+    pub(super) fn inputs<const OPEN: bool, const LANES: usize>(
+        &self,
+        start: Start<LANES>,
+    ) -> [*const u8; LANES] {
+        if OPEN {
+            let sealed: &[&[u8]; LANES] =
+                self.sealed[start.at..].first_chunk().expect("a full subgroup");
+            return std::array::from_fn(|l| sealed[l].as_ptr());
+        }
+        let first = self.plaintexts.as_ptr().wrapping_add(start.at * self.len);
+        std::array::from_fn(|l| first.wrapping_add(l * self.len))
+    }
+
+    /// The outputs of a subgroup's messages: each is good for writing `len` bytes, and a tag behind them when sealing.
+    #[inline]
+    pub(super) fn outputs<const LANES: usize>(&mut self, start: Start<LANES>) -> [*mut u8; LANES] {
+        let first = self.out.as_mut_ptr().wrapping_add(start.at * self.stride + self.offset);
+        std::array::from_fn(|l| first.wrapping_add(l * self.stride))
+    }
+
+    /// Notes whether the tags of a subgroup are right, and zeroes the output of those that are not.
+    #[inline]
+    pub(super) fn judge<const LANES: usize>(&mut self, start: Start<LANES>, good: [bool; LANES]) {
+        *self.verdicts[start.at..].first_chunk_mut().expect("a full subgroup") = good;
+        if good != [true; LANES] {
+            self.zero_refused(start.at, &good);
+        }
+    }
+
+    #[cold]
+    fn zero_refused(&mut self, start: usize, good: &[bool]) {
+        for (index, _) in (start..).zip(good).filter(|(_, good)| !**good) {
+            self.out[index * self.len..][..self.len].fill(0);
+        }
+    }
+}
+
+/// The length of every AAD, if they have one.
+fn one_len(aads: &[&[u8]]) -> Option<usize> {
+    let first = aads.first()?.len();
+    aads.iter().all(|aad| aad.len() == first).then_some(first)
+}
+
+/// Cuts messages, at least `LANES` of them, into passes of one, two or four subgroups.
+pub(super) struct Passes<const LANES: usize> {
+    next: usize,
+    count: usize,
+}
+
+pub(super) enum Pass<const LANES: usize> {
+    One([Start<LANES>; 1]),
+    Two([Start<LANES>; 2]),
+    Four([Start<LANES>; 4]),
+}
+
+impl<const LANES: usize> Passes<LANES> {
+    #[inline]
+    pub(super) fn new(count: usize) -> Self {
+        assert!(count >= LANES, "at least one full register");
+        Self { next: 0, count }
+    }
+
+    /// The next pass, of `most` subgroups at most.
+    #[inline]
+    pub(super) fn next(&mut self, most: usize) -> Option<Pass<LANES>> {
+        let (first, last) = (self.next, self.count - LANES);
+        // The last subgroup begins early enough to be full.
+        let start =
+            |subgroup: usize| Start { at: (first + subgroup * LANES).min(last), done: first };
+        let left = self.count.saturating_sub(first).div_ceil(LANES);
+        let (pass, subgroups) = match left.min(most) {
+            0 => return None,
+            1 => (Pass::One([start(0)]), 1),
+            2 => (Pass::Two([start(0), start(1)]), 2),
+            _ => (Pass::Four([start(0), start(1), start(2), start(3)]), 4),
+        };
+        self.next += subgroups * LANES;
+        Some(pass)
+    }
+}
+
+impl<const LANES: usize> Start<LANES> {
+    /// What `column`, with an element for each message, holds for the subgroup.
+    #[inline]
+    pub(super) fn of<T: Copy>(self, column: &[T]) -> [T; LANES] {
+        *column[self.at..].first_chunk().expect("a full subgroup")
+    }
+
+    /// The same, to be written.
+    #[inline]
+    pub(super) fn of_mut<T>(self, column: &mut [T]) -> &mut [T; LANES] {
+        column[self.at..].first_chunk_mut().expect("a full subgroup")
+    }
+
+    /// Whether an earlier pass has done message `lane` of the subgroup.
+    #[inline]
+    pub(super) fn is_done(self, lane: usize) -> bool {
+        self.at + lane < self.done
+    }
+}
