@@ -83,7 +83,7 @@ fn with_wish(tier: String) -> String {
 }
 
 /// The model name where the system tells it.
-fn cpu_name() -> String {
+pub(crate) fn cpu_name() -> String {
     let about = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     about
         .lines()

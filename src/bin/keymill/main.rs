@@ -1,4 +1,4 @@
-//! `keymill`, the command line: one file per command, and shared rooms beside them.
+//! `keymill`, the command line: one file per command, a folder for `bench`, and shared rooms beside them.
 //!
 //! This file reads the arguments, calls the command, and turns its end into messages and an exit code: 0 done,
 //! 1 refused (usage errors and any refused line included), 2 broke. `failure` holds the messages, `home` finds and
@@ -6,6 +6,8 @@
 //! them together. Only the library's public API is used.
 
 mod alias;
+#[cfg(feature = "bench")]
+mod bench;
 mod decrypt;
 mod failure;
 mod generate;
@@ -69,6 +71,9 @@ enum Command {
     Decrypt(decrypt::Args),
     /// Show CPU, tier, store and version
     Info(info::Args),
+    /// Measure this machine: keymill's kernels beside ring, aes-gcm and aws-lc-rs
+    #[cfg(feature = "bench")]
+    Bench(bench::Args),
 }
 
 const EXAMPLES: &str = "\
@@ -95,16 +100,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<()> {
-    // Resolved first: a command that cannot find its home should say so before it reads anything.
-    let home = Home::resolve(cli.home)?;
-    match cli.command {
-        Command::Init(args) => init::run(&home, &args),
-        Command::Key(command) => key::run(&home, command),
-        Command::Alias(command) => alias::run(&home, command),
-        Command::Generate(args) => generate::run(&home, &args),
-        Command::Decrypt(args) => decrypt::run(&home, &args),
-        Command::Info(args) => info::run(&home, &args),
+fn run(Cli { home, command }: Cli) -> Result<()> {
+    // Resolved before the command: one that cannot find its home should say so before it reads anything.
+    let home = || Home::resolve(home);
+    match command {
+        Command::Init(args) => init::run(&home()?, &args),
+        Command::Key(command) => key::run(&home()?, command),
+        Command::Alias(command) => alias::run(&home()?, command),
+        Command::Generate(args) => generate::run(&home()?, &args),
+        Command::Decrypt(args) => decrypt::run(&home()?, &args),
+        Command::Info(args) => info::run(&home()?, &args),
+        #[cfg(feature = "bench")]
+        Command::Bench(args) => bench::run(&args),
     }
 }
 
