@@ -60,6 +60,16 @@ pub(super) fn load_tail(bytes: &[u8]) -> __m128i {
     from_u128(value)
 }
 
+/// The shuffle that takes the last `n` of 16 bytes to the front, with zeros behind, and reverses the whole.
+#[inline]
+pub(super) fn tail_places(n: usize) -> __m128i {
+    let mut places = [0x80; 16];
+    for (place, byte) in places.iter_mut().rev().zip(16 - n as u8..16) {
+        *place = byte;
+    }
+    load(&places)
+}
+
 /// Writes the first `bytes.len()` bytes of `value`, at most 16.
 #[inline]
 pub(super) fn store_head(bytes: &mut [u8], value: __m128i) {

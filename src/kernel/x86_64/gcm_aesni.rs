@@ -6,6 +6,7 @@ use super::{super::Iv, gcm::gcm_kernel, set_up::set_up_kernel};
 
 type V = __m128i;
 const LANES: usize = 1;
+const OVERLAP: bool = false;
 
 gcm_kernel! {
     "aes,pclmulqdq,sse4.1,ssse3";

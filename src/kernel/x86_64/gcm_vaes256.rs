@@ -6,6 +6,7 @@ use super::{super::Iv, gcm::gcm_kernel, set_up::set_up_kernel};
 
 type V = __m256i;
 const LANES: usize = 2;
+const OVERLAP: bool = true;
 
 gcm_kernel! {
     "aes,avx2,pclmulqdq,vaes,vpclmulqdq";

@@ -6,6 +6,7 @@ use super::{super::Iv, gcm::gcm_kernel, set_up::set_up_kernel};
 
 type V = __m512i;
 const LANES: usize = 4;
+const OVERLAP: bool = true;
 
 gcm_kernel! {
     "aes,avx2,avx512bw,avx512f,avx512vl,pclmulqdq,vaes,vpclmulqdq";

@@ -9,6 +9,7 @@ use crate::limits::TAG_LEN;
 /// each column has an element for each message; an input has `len` bytes (and a tag behind, when opening); an output
 /// has `len` bytes (and room for a tag behind, when sealing), apart from all others, within `out`.
 pub(super) struct Job<'a> {
+    opens: bool,
     ivs: &'a [Iv],
     aads: &'a [&'a [u8]],
     len: usize,
@@ -42,7 +43,7 @@ impl<'a> Job<'a> {
         let end = len.checked_add(TAG_LEN).and_then(|end| end.checked_add(offset));
         assert!(end.is_some_and(|end| end <= stride));
         let (sealed, verdicts, aad_len) = (&[][..], &mut [][..], one_len(aads));
-        Self { ivs, aads, len, plaintexts, sealed, out, stride, offset, verdicts, aad_len }
+        Self { opens: false, ivs, aads, len, plaintexts, sealed, out, stride, offset, verdicts, aad_len }
     }
 
     pub(super) fn open(job: Open<'a>) -> Self {
@@ -54,12 +55,18 @@ impl<'a> Job<'a> {
         assert!(sealed.iter().all(|sealed| Some(sealed.len()) == sealed_len));
         let (stride, offset, aad_len) = (len, 0, one_len(aads));
         let plaintexts = &[];
-        Self { ivs, aads, len, plaintexts, sealed, out, stride, offset, verdicts, aad_len }
+        Self { opens: true, ivs, aads, len, plaintexts, sealed, out, stride, offset, verdicts, aad_len }
     }
 
     #[inline]
     pub(super) fn count(&self) -> usize {
         self.ivs.len()
+    }
+
+    /// Whether messages are opened, not sealed.
+    #[inline]
+    pub(super) fn opens(&self) -> bool {
+        self.opens
     }
 
     /// Bytes of each message.
@@ -80,13 +87,10 @@ impl<'a> Job<'a> {
         1 + self.len.div_ceil(16)
     }
 
-    /// The number of AAD blocks, if AADs and messages are all whole blocks, the same number in each message, and no
-    /// message has more than `blocks_max` blocks to hash.
+    /// The number of blocks of each message, if it is whole and all AADs have one length.
     #[inline]
-    pub(super) fn short_aad_blocks(&self, blocks_max: usize) -> Option<usize> {
-        let aad_len = self.aad_len?;
-        let whole = aad_len.is_multiple_of(16) && self.len.is_multiple_of(16);
-        (whole && aad_len / 16 + self.columns() <= blocks_max).then_some(aad_len / 16)
+    pub(super) fn short_blocks(&self) -> Option<usize> {
+        (self.aad_len.is_some() && self.len.is_multiple_of(16)).then_some(self.len / 16)
     }
 
     #[inline]
@@ -101,11 +105,8 @@ impl<'a> Job<'a> {
 
     /// The inputs of a subgroup's messages: each is good for reading `len` bytes, and a tag behind them when opening.
     #[inline]
-    pub(super) fn inputs<const OPEN: bool, const LANES: usize>(
-        &self,
-        start: Start<LANES>,
-    ) -> [*const u8; LANES] {
-        if OPEN {
+    pub(super) fn inputs<const LANES: usize>(&self, start: Start<LANES>) -> [*const u8; LANES] {
+        if self.opens {
             let sealed: &[&[u8]; LANES] =
                 self.sealed[start.at..].first_chunk().expect("a full subgroup");
             return std::array::from_fn(|l| sealed[l].as_ptr());
@@ -141,7 +142,9 @@ impl<'a> Job<'a> {
 /// The length of every AAD, if they have one.
 fn one_len(aads: &[&[u8]]) -> Option<usize> {
     let first = aads.first()?.len();
-    aads.iter().all(|aad| aad.len() == first).then_some(first)
+    // To the end in any case, which takes less time than a branch for each.
+    let differences = aads.iter().fold(0, |sum, aad| sum | (aad.len() ^ first));
+    (differences == 0).then_some(first)
 }
 
 /// Cuts messages, at least `LANES` of them, into passes of one, two or four subgroups.
@@ -161,6 +164,17 @@ impl<const LANES: usize> Passes<LANES> {
     pub(super) fn new(count: usize) -> Self {
         assert!(count >= LANES, "at least one full register");
         Self { next: 0, count }
+    }
+
+    /// The next pass, of two subgroups, if so many are left.
+    #[inline]
+    pub(super) fn next_two(&mut self) -> Option<[Start<LANES>; 2]> {
+        let (first, last) = (self.next, self.count - LANES);
+        if self.count.saturating_sub(first) <= LANES {
+            return None;
+        }
+        self.next += 2 * LANES;
+        Some([0, LANES].map(|later| Start { at: (first + later).min(last), done: first }))
     }
 
     /// The next pass, of `most` subgroups at most.
@@ -183,6 +197,8 @@ impl<const LANES: usize> Passes<LANES> {
 }
 
 impl<const LANES: usize> Start<LANES> {
+    pub(super) const FIRST: Self = Self { at: 0, done: 0 };
+
     /// What `column`, with an element for each message, holds for the subgroup.
     #[inline]
     pub(super) fn of<T: Copy>(self, column: &[T]) -> [T; LANES] {

@@ -15,7 +15,9 @@ mod gcm_aesni;
 mod gcm_vaes256;
 mod gcm_vaes512;
 mod job;
+mod long;
 mod set_up;
+mod short;
 
 use std::arch::x86_64::{_mm_aesenclast_si128, _mm_set1_epi32, _mm_setzero_si128};
 
@@ -153,33 +155,33 @@ fn substitute(_proof: Wide, word: u32) -> u32 {
 
 pub(super) fn seal_many(wide: Wide, job: Seal<'_>) {
     let keys = job.keys;
-    run::<false>(wide, keys, &mut Job::seal(job));
+    run(wide, keys, &mut Job::seal(job));
 }
 
 pub(super) fn open_many(wide: Wide, job: Open<'_>) {
     let keys = job.keys;
-    run::<true>(wide, keys, &mut Job::open(job));
+    run(wide, keys, &mut Job::open(job));
 }
 
 /// Runs the kernel of the tier, or of the next narrower one if there are not enough messages for one register.
-fn run<const OPEN: bool>(wide: Wide, keys: Keys<'_>, job: &mut Job<'_>) {
+fn run(wide: Wide, keys: Keys<'_>, job: &mut Job<'_>) {
     match (narrowed(wide, job.count()), keys) {
         // SAFETY: the token proves the features of the tier.
-        (Wide::AesNi(_), Keys::One(key)) => unsafe { gcm_aesni::run_one::<OPEN>(key.wide(), job) },
+        (Wide::AesNi(_), Keys::One(key)) => unsafe { gcm_aesni::run_one(key.wide(), job) },
         // SAFETY: as above.
-        (Wide::AesNi(_), Keys::Each(keys)) => unsafe { gcm_aesni::run_each::<OPEN>(keys, job) },
+        (Wide::AesNi(_), Keys::Each(keys)) => unsafe { gcm_aesni::run_each(keys, job) },
         // SAFETY: as above.
         (Wide::Vaes256(_), Keys::One(key)) => unsafe {
-            gcm_vaes256::run_one::<OPEN>(key.wide(), job)
+            gcm_vaes256::run_one(key.wide(), job)
         },
         // SAFETY: as above.
-        (Wide::Vaes256(_), Keys::Each(keys)) => unsafe { gcm_vaes256::run_each::<OPEN>(keys, job) },
+        (Wide::Vaes256(_), Keys::Each(keys)) => unsafe { gcm_vaes256::run_each(keys, job) },
         // SAFETY: as above.
         (Wide::Vaes512(_), Keys::One(key)) => unsafe {
-            gcm_vaes512::run_one::<OPEN>(key.wide(), job)
+            gcm_vaes512::run_one(key.wide(), job)
         },
         // SAFETY: as above.
-        (Wide::Vaes512(_), Keys::Each(keys)) => unsafe { gcm_vaes512::run_each::<OPEN>(keys, job) },
+        (Wide::Vaes512(_), Keys::Each(keys)) => unsafe { gcm_vaes512::run_each(keys, job) },
     }
 }
 
