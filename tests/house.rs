@@ -72,6 +72,37 @@ fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
+/// A kernel runs with the features that its token proves, no more and no fewer.
+#[test]
+fn kernels_enable_what_their_tokens_prove() {
+    let read = |name: &str| {
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).expect(name)
+    };
+    let cpu = read("src/cpu.rs");
+    let mut checked = 0;
+    for (file, token) in [
+        ("mod", "AesNi"),
+        ("gcm_aesni", "AesNi"),
+        ("gcm_vaes256", "Vaes256"),
+        ("gcm_vaes512", "Vaes512"),
+        ("chacha_avx512", "Vaes512"),
+    ] {
+        let declared = format!("    {token}: \"");
+        let proven = cpu.split_once(&declared).expect(token).1.split('"').next().expect(token);
+        let kernel = read(&format!("src/kernel/x86_64/{file}.rs"));
+        // What stands between quotes and names AES is a list of features.
+        for list in kernel.split('"').skip(1).step_by(2).filter(|text| text.starts_with("aes")) {
+            assert_eq!(list, proven, "{file}.rs, and {token} in cpu.rs");
+            checked += 1;
+        }
+    }
+    assert!(checked >= 10, "the lists were not found");
+    for name in ["gcm", "short", "long", "set_up", "job", "block"] {
+        let shared = read(&format!("src/kernel/x86_64/{name}.rs"));
+        assert!(!shared.contains("enable = \""), "{name}.rs takes its features from its caller");
+    }
+}
+
 // ---- the rules ----
 
 /// Breaches of `text`, the file `name` (`src/...`).

@@ -19,6 +19,7 @@ pub struct EngineBuilder {
     lease_max: u64,
     initial_spent: u64,
     due_work: DueWork,
+    tier: Option<Tier>,
 }
 
 /// When an engine executes due rotations and deletions.
@@ -39,6 +40,7 @@ impl Default for EngineBuilder {
             lease_max: LEASE_MAX,
             initial_spent: 0,
             due_work: DueWork::ByItself,
+            tier: None,
         }
     }
 }
@@ -87,12 +89,29 @@ impl EngineBuilder {
         self
     }
 
+    /// The widest tier whose kernels to use: the best of this CPU unless set. Lowers the choice and never raises it;
+    /// where `KEYMILL_TIER` asks for a lower one, that one is taken.
+    ///
+    /// ```
+    /// # fn main() -> keymill::Result<()> {
+    /// use keymill::{Engine, Tier};
+    ///
+    /// let engine = Engine::builder().tier(Tier::at_most("aesni")?).in_memory()?;
+    /// assert!(engine.tier() <= Tier::at_most("aesni")?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn tier(mut self, widest: Tier) -> Self {
+        self.tier = Some(widest);
+        self
+    }
+
     /// As [`Engine::open`].
     ///
     /// # Errors
     /// As there.
     pub fn open(self, store: impl AsRef<Path>, root_key: &RootKey) -> Result<Engine> {
-        let tier = Tier::detect()?;
+        let tier = self.lowered_tier()?;
         let store = SqliteStore::open(store.as_ref(), root_key)?;
         self.start(Box::new(store), Rng::Os(tier), tier)
     }
@@ -102,7 +121,7 @@ impl EngineBuilder {
     /// # Errors
     /// As there.
     pub fn create(self, store: impl AsRef<Path>, root_key: &RootKey) -> Result<Engine> {
-        let tier = Tier::detect()?;
+        let tier = self.lowered_tier()?;
         let rng = Rng::Os(tier);
         let store = SqliteStore::create(store.as_ref(), root_key, &rng)?;
         self.start(Box::new(store), rng, tier)
@@ -113,7 +132,7 @@ impl EngineBuilder {
     /// # Errors
     /// As there.
     pub fn in_memory(self) -> Result<Engine> {
-        let tier = Tier::detect()?;
+        let tier = self.lowered_tier()?;
         self.start(Box::new(MemoryStore::new()), Rng::Os(tier), tier)
     }
 
@@ -123,12 +142,17 @@ impl EngineBuilder {
     /// As there.
     #[cfg(any(feature = "deterministic", fuzzing, test))]
     pub fn deterministic(self, seed: [u8; 32]) -> Result<Engine> {
-        let tier = Tier::detect()?;
+        let tier = self.lowered_tier()?;
         self.start(Box::new(MemoryStore::new()), Rng::seeded(tier, seed), tier)
     }
 
+    fn lowered_tier(&self) -> Result<Tier> {
+        let detected = Tier::detect()?;
+        Ok(self.tier.map_or(detected, |widest| widest.min(detected)))
+    }
+
     fn start(self, store: Box<dyn KeyStore>, rng: Rng, tier: Tier) -> Result<Engine> {
-        let Self { clock, pool, lease_max, initial_spent, due_work } = self;
+        let Self { clock, pool, lease_max, initial_spent, due_work, tier: _ } = self;
         if pool.as_ref().is_some_and(|pool| pool.current_num_threads() == 0) {
             return Err(Error::invalid("The thread pool has no threads."));
         }

@@ -23,7 +23,8 @@ use crate::{
 /// An IV as it stands in a batch's IV column.
 pub(crate) type Iv = [u8; IV_LEN];
 
-/// A long-lived key set up for AES-GCM (round keys, H and its powers), in locked pages, bound to the tier that set it up.
+/// A long-lived key set up for AES-GCM (round keys, H and its powers), in locked pages, bound to the tier that set it
+/// up.
 /// Wiped on drop.
 pub(crate) struct GcmKey(GcmInner);
 

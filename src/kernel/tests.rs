@@ -157,7 +157,7 @@ impl<'m> Columns<'m> {
         0..self.messages.len()
     }
 
-    /// Seals the messages of `window`, which are valid, and compares with their sealed forms. Returns all of the output.
+    /// Seals the messages of `window`, which are valid, and compares with their sealed forms. Returns all the output.
     fn check_seal(&self, window: Range<usize>, keys: Keys<'_>, slack: Slack, how: &str) -> Vec<u8> {
         let stride = slack.offset + self.len + TAG_LEN + slack.after;
         let mut out = vec![FILLER; window.len() * stride];
@@ -213,7 +213,7 @@ impl<'m> Columns<'m> {
     }
 }
 
-/// Seals `messages`, which are of one length and valid, and compares with their sealed forms, and all of the output with
+/// Seals `messages`, which are of one length and valid, and compares with their sealed forms, and all the output with
 /// that of the portable twin.
 fn check_seal_many(set_ups: &[SetUp], messages: &[Message], slack: Slack) {
     let columns = Columns::of(messages);

@@ -76,7 +76,7 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
 fn with_wish(tier: String) -> String {
     match env::var(TIER_VARIABLE) {
         Ok(asked) if !asked.is_empty() && asked != tier => {
-            format!("{tier} ({TIER_VARIABLE} asks for {asked}, which this build does not have)")
+            format!("{tier} ({TIER_VARIABLE} asks for {asked}, which this CPU does not have)")
         }
         _ => tier,
     }

@@ -172,8 +172,8 @@ fn keys_set_up_together() {
             let columns = super::Columns::of(&messages[..count]);
             let how = format!("{tier}: {count} keys");
             columns.check_seal(columns.all(), Keys::Each(&refs), TIGHT, &how);
-            for i in 0..count {
-                columns.check_seal(i..i + 1, Keys::One(refs[i]), TIGHT, &how);
+            for (i, key) in refs.iter().enumerate() {
+                columns.check_seal(i..i + 1, Keys::One(*key), TIGHT, &how);
             }
         }
     }

@@ -1,7 +1,7 @@
 //! What the kernels are compared with, and where the messages come from.
 //!
-//! AES-GCM of AWS-LC, of a second author; for Miri, which runs no foreign code, GCM as SP 800-38D writes it down, bit by
-//! bit, over single AES blocks. Each is checked against the other here, and both against `ring`, so that none stands
+//! AES-GCM of AWS-LC, of a second author; for Miri, which runs no foreign code, GCM as SP 800-38D writes it down, bit
+//! by bit, over single AES blocks. Each is checked against the other here, and both against `ring`, so that none stands
 //! alone.
 
 use aes_gcm::{

@@ -1,6 +1,7 @@
 //! A little of everything, for emulators and Miri, which are a hundred to a million times slower than a CPU:
-//! `cargo test --lib small_battery`. Every path of a kernel comes up: passes of one, two and four subgroups, each number
-//! of columns with a path of its own, tails, ragged AADs, keys of several lengths in one register, many reductions.
+//! `cargo test --lib small_battery`. Every path of a kernel comes up: passes of one, two and four subgroups, each
+//! number of columns with a path of its own, tails, ragged AADs, keys of several lengths in one register, and many
+//! reductions.
 //!
 //! Miri runs even less: it finds undefined behaviour, and the emulator wrong results.
 

@@ -63,9 +63,10 @@ pub(super) fn load_tail(bytes: &[u8]) -> __m128i {
 /// The shuffle that takes the last `n` of 16 bytes to the front, with zeros behind, and reverses the whole.
 #[inline]
 pub(super) fn tail_places(n: usize) -> __m128i {
+    const BYTES: [u8; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
     let mut places = [0x80; 16];
-    for (place, byte) in places.iter_mut().rev().zip(16 - n as u8..16) {
-        *place = byte;
+    for (place, byte) in places.iter_mut().rev().zip(&BYTES[16 - n..]) {
+        *place = *byte;
     }
     load(&places)
 }

@@ -6,8 +6,8 @@
 //! Carry-Less Multiplication Instruction and its Usage for Computing the GCM Mode".
 //!
 //! # Lanes
-//! Lane *l* of a *subgroup* is its message *l*; a *pass* works on `I` subgroups at once, whose instructions have nothing
-//! to wait for from each other:
+//! Lane *l* of a *subgroup* is its message *l*; a *pass* works on several subgroups at once, whose instructions have
+//! nothing to wait for from each other:
 //!
 //! ```text
 //!             lane 0     lane 1     lane 2     lane 3        one register (vaes512)
@@ -15,26 +15,32 @@
 //! column 1    CTR 2      CTR 2      CTR 2      CTR 2         key stream of block 0
 //! column 2    CTR 3      CTR 3      CTR 3      CTR 3         key stream of block 1
 //! ```
-//! Up to `STRIP` columns of all subgroups go through the AES rounds together. A subgroup is always `LANES` messages that
-//! lie side by side; where the count is no multiple of `LANES`, the last subgroup begins earlier and does some
-//! messages a second time, which writes the same bytes to the same places.
+//! A subgroup is always `LANES` messages that lie side by side; where the count is no multiple of `LANES`, the last
+//! subgroup begins earlier and does some messages a second time, which writes the same bytes to the same places. That
+//! costs less than lanes that a mask leaves out, and needs no second form of any load or store.
+//!
+//! [`super::short`] has the passes of data keys, whose columns all fit in registers, and [`super::long`] those of all
+//! other messages.
 //!
 //! # GHASH
 //! A lane's blocks (AAD, ciphertext, lengths) are byte-reversed and multiplied by falling powers of H, and the products
-//! are summed: up to `POWERS` blocks share one reduction, so a short message has one in all. Powers are kept times x, so
-//! that products of reflected bits need no shift. A lane with fewer AAD blocks than another gets zero blocks in front,
-//! where the hash is still zero and stays so.
+//! are summed: up to `POWERS` blocks share one reduction, so a short message has one in all. Powers are kept times x,
+//! so that products of reflected bits need no shift. A lane with fewer AAD blocks than another gets zero blocks in
+//! front, where the hash is still zero and stays so.
 //!
 //! # Public and secret
 //! Branches and addresses depend on lengths, counts and places alone. Tags are compared without branches; the verdicts
 //! are public.
 
-/// Writes the kernel of one tier. In scope at the call: the register `V` and `LANES`. In the call: the tier's features,
-/// then the operations on registers.
+/// Writes the kernel of one tier. In scope at the call: the register `V`, `LANES`, and whether short passes `OVERLAP`.
+/// In the call: the tier's features, then the operations on registers.
 macro_rules! gcm_kernel {
     (
         $features:literal;
-        $(fn $name:ident $(<const $constant:ident: i32>)? ($($argument:ident: $type:ty),*) -> $result:ty $body:block)*
+        $(
+            fn $name:ident $(<const $constant:ident: i32>)?
+            ($($argument:ident: $type:ty),*) -> $result:ty $body:block
+        )*
     ) => {
         $(
             #[target_feature(enable = $features)]
@@ -87,9 +93,17 @@ macro_rules! gcm_kernel {
         }
 
         /// The tags of a subgroup: written behind the ciphertexts, or compared.
+        ///
+        /// `SITE`, `L` and `S` make an instance for each place that calls this: a function with one caller is sure to
+        /// be inlined, which no attribute can ask for where there are target features, and a call would put all
+        /// registers on the stack.
         #[target_feature(enable = $features)]
         #[inline]
-        fn finish<const SITE: usize, const L: usize, const S: usize>(tags: V, start: Start<LANES>, job: &mut Job<'_>) {
+        fn finish<const SITE: usize, const L: usize, const S: usize>(
+            tags: V,
+            start: Start<LANES>,
+            job: &mut Job<'_>,
+        ) {
             let len = job.len();
             if job.opens() {
                 // SAFETY: an input has a tag behind its `len` bytes.

@@ -5,9 +5,9 @@ use crate::limits::TAG_LEN;
 
 /// The job of a [`Seal`] or an [`Open`].
 ///
-/// The pointers that it gives out rest on these facts, which [`Job::seal`] and [`Job::open`] assert and nothing changes:
-/// each column has an element for each message; an input has `len` bytes (and a tag behind, when opening); an output
-/// has `len` bytes (and room for a tag behind, when sealing), apart from all others, within `out`.
+/// The pointers that it gives out rest on these facts, which [`Job::seal`] and [`Job::open`] assert and nothing
+/// changes: each column has an element for each message; an input has `len` bytes (and a tag behind, when opening); an
+/// output has `len` bytes (and room for a tag behind, when sealing), apart from all others, within `out`.
 pub(super) struct Job<'a> {
     opens: bool,
     ivs: &'a [Iv],
@@ -43,7 +43,19 @@ impl<'a> Job<'a> {
         let end = len.checked_add(TAG_LEN).and_then(|end| end.checked_add(offset));
         assert!(end.is_some_and(|end| end <= stride));
         let (sealed, verdicts, aad_len) = (&[][..], &mut [][..], one_len(aads));
-        Self { opens: false, ivs, aads, len, plaintexts, sealed, out, stride, offset, verdicts, aad_len }
+        Self {
+            opens: false,
+            ivs,
+            aads,
+            len,
+            plaintexts,
+            sealed,
+            out,
+            stride,
+            offset,
+            verdicts,
+            aad_len,
+        }
     }
 
     pub(super) fn open(job: Open<'a>) -> Self {
@@ -55,7 +67,19 @@ impl<'a> Job<'a> {
         assert!(sealed.iter().all(|sealed| Some(sealed.len()) == sealed_len));
         let (stride, offset, aad_len) = (len, 0, one_len(aads));
         let plaintexts = &[];
-        Self { opens: true, ivs, aads, len, plaintexts, sealed, out, stride, offset, verdicts, aad_len }
+        Self {
+            opens: true,
+            ivs,
+            aads,
+            len,
+            plaintexts,
+            sealed,
+            out,
+            stride,
+            offset,
+            verdicts,
+            aad_len,
+        }
     }
 
     #[inline]

@@ -1,4 +1,9 @@
-//! Messages of any lengths.
+//! Messages and AADs of any lengths.
+//!
+//! # Shape
+//! A pass goes through its messages in strips of up to eight columns: first the AES rounds of all columns of all
+//! subgroups, then for each subgroup the ciphertexts and one reduction. A message of more than seven blocks has enough
+//! columns to hide the latencies alone; shorter ones go four subgroups at a time.
 
 /// Writes the part of [`super::gcm::gcm_kernel`] for messages of any lengths.
 macro_rules! long_kernel {
@@ -38,7 +43,13 @@ macro_rules! long_kernel {
                     aads.into_iter().flatten().max().unwrap_or(0)
                 }
             };
-            let mut strip = Strip { keys, starts, ivs: [zero(); I], column: 0, aad_blocks: aad_len.div_ceil(16) };
+            let mut strip = Strip {
+                keys,
+                starts,
+                ivs: [zero(); I],
+                column: 0,
+                aad_blocks: aad_len.div_ceil(16),
+            };
             for g in 0..I {
                 strip.ivs[g] = load_ivs(job.ivs(starts[g]));
             }
@@ -78,11 +89,7 @@ macro_rules! long_kernel {
         /// Up to `S` columns. Returns `S`.
         #[target_feature(enable = $features)]
         #[inline]
-        fn run_strip<
-            const L: usize,
-            const I: usize,
-            const S: usize,
-        >(
+        fn run_strip<const L: usize, const I: usize, const S: usize>(
             strip: &Strip<'_, L, I>,
             states: &mut [State; I],
             job: &mut Job<'_>,
@@ -254,7 +261,11 @@ macro_rules! long_kernel {
             #[inline]
             fn new(before: V, blocks: usize) -> Self {
                 let left = if blocks == 0 { 0 } else { (blocks - 1) % POWERS + 1 };
-                Self { before, product: Product { low: zero(), middle: zero(), high: zero() }, left }
+                Self {
+                    before,
+                    product: Product { low: zero(), middle: zero(), high: zero() },
+                    left,
+                }
             }
         }
 
@@ -282,12 +293,7 @@ macro_rules! long_kernel {
         /// The last bytes of each message, fewer than sixteen. Returns the ciphertexts, padded with zeros.
         #[target_feature(enable = $features)]
         #[inline(never)]
-        fn crypt_partial(
-            stream: V,
-            start: Start<LANES>,
-            at: usize,
-            job: &mut Job<'_>,
-        ) -> V {
+        fn crypt_partial(stream: V, start: Start<LANES>, at: usize, job: &mut Job<'_>) -> V {
             let len = job.len();
             let (inputs, outputs) = (job.inputs::<LANES>(start), job.outputs(start));
             let mut lanes = [from_u128(0); LANES];
@@ -306,7 +312,6 @@ macro_rules! long_kernel {
             }
             if job.opens() { input } else { output }
         }
-
     };
 }
 

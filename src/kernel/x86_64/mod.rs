@@ -112,7 +112,7 @@ impl AsRef<Schedule> for Context {
 
 impl Drop for Schedule {
     fn drop(&mut self) {
-        self.keys.zeroize();
+        self.keys.as_flattened_mut().zeroize();
     }
 }
 
@@ -137,7 +137,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        self.powers.zeroize();
+        self.powers.as_flattened_mut().zeroize();
     }
 }
 
@@ -171,15 +171,11 @@ fn run(wide: Wide, keys: Keys<'_>, job: &mut Job<'_>) {
         // SAFETY: as above.
         (Wide::AesNi(_), Keys::Each(keys)) => unsafe { gcm_aesni::run_each(keys, job) },
         // SAFETY: as above.
-        (Wide::Vaes256(_), Keys::One(key)) => unsafe {
-            gcm_vaes256::run_one(key.wide(), job)
-        },
+        (Wide::Vaes256(_), Keys::One(key)) => unsafe { gcm_vaes256::run_one(key.wide(), job) },
         // SAFETY: as above.
         (Wide::Vaes256(_), Keys::Each(keys)) => unsafe { gcm_vaes256::run_each(keys, job) },
         // SAFETY: as above.
-        (Wide::Vaes512(_), Keys::One(key)) => unsafe {
-            gcm_vaes512::run_one(key.wide(), job)
-        },
+        (Wide::Vaes512(_), Keys::One(key)) => unsafe { gcm_vaes512::run_one(key.wide(), job) },
         // SAFETY: as above.
         (Wide::Vaes512(_), Keys::Each(keys)) => unsafe { gcm_vaes512::run_each(keys, job) },
     }

@@ -1,9 +1,9 @@
 //! Short messages of a few whole blocks, with AADs of one length: data keys.
 //!
 //! # Shape
-//! A pass works on two subgroups, and everything of it stays in registers. What a pass has encrypted is hashed while the
-//! AES rounds of the next one run: a carry-less multiplication costs the vector units little between AES instructions
-//! and much between others, and neither chain of dependencies has to be waited for.
+//! All columns of a pass stay in registers. Where a tier says so (`OVERLAP`), passes of two subgroups overlap: what one
+//! has encrypted is hashed while the AES rounds of the next one run. A carry-less multiplication costs the vector units
+//! little between AES instructions and much between others, and neither chain of dependencies has to be waited for.
 //!
 //! ```text
 //! pass 1   AES | ciphertexts |
@@ -30,9 +30,8 @@ macro_rules! short_kernel {
             next: usize,
         }
 
-        /// Numbers of the places that have an instance of their own of a function: one that is called from a single
-        /// place is sure to be inlined, which no attribute can ask for where there are target features. A call would
-        /// put all registers on the stack. (Passes on their own have their number of subgroups.)
+        /// The `SITE`s of both subgroups of overlapping passes (see [`finish`]). A pass on its own has its number of
+        /// subgroups, four at most.
         const PAIRED: [usize; 2] = [8, 9];
 
         /// What is the same for all messages of a job of `S - 1` blocks each.
@@ -46,7 +45,9 @@ macro_rules! short_kernel {
             ending: Option<Product>,
         }
 
-        /// Seals or opens messages of `S - 1` whole blocks whose AADs have one length.
+        /// Seals or opens messages of `S - 1` whole blocks whose AADs have one length; `ONE` if one key serves all.
+        ///
+        /// Passes overlap for one key only: keys for each lane are loads and shuffles enough to fill the AES rounds.
         #[target_feature(enable = $features)]
         #[inline(never)]
         fn run_short<'a, const ONE: bool, const L: usize, const S: usize>(
@@ -73,6 +74,7 @@ macro_rules! short_kernel {
                     pending = Some(rounds.crypt(&common, starts, job));
                 }
             }
+            // As many columns as fit in 16 registers, or nearly so.
             while let Some(pass) = passes.next(if S > 3 { 2 } else { 4 }) {
                 match (pass, ONE) {
                     (Pass::One(starts), _) => {
@@ -273,15 +275,10 @@ macro_rules! short_kernel {
             blocks
         }
 
-        /// Adds the products of the AADs' blocks to `sum`. (`SITE` makes an instance for each caller, so
-        /// that it is inlined.)
+        /// What the AADs and lengths add to the hash of each message. (For `SITE`, see [`finish`].)
         #[target_feature(enable = $features)]
         #[inline]
-        fn hash_short_aads<
-            const SITE: usize,
-            const L: usize,
-            const S: usize,
-        >(
+        fn hash_short_aads<const SITE: usize, const L: usize, const S: usize>(
             common: &Common,
             keys: &[&Context; L],
             start: Start<LANES>,
