@@ -69,12 +69,12 @@ token! {
 }
 #[cfg(target_arch = "x86_64")]
 token! {
-    /// Proves what the tier `vaes256` needs, and so what `aesni` needs (AVX2 brings SSE4.1 and SSSE3).
+    /// Proves what the tier `vaes256` needs, and that `aesni` is there too.
     Vaes256: "aes,avx2,pclmulqdq,vaes,vpclmulqdq"
 }
 #[cfg(target_arch = "x86_64")]
 token! {
-    /// Proves what the tier `vaes512` needs, and so what `vaes256` needs.
+    /// Proves what the tier `vaes512` needs, and that `vaes256` and `aesni` are there too.
     Vaes512: "aes,avx2,avx512bw,avx512f,avx512vl,pclmulqdq,vaes,vpclmulqdq"
 }
 
@@ -116,13 +116,18 @@ fn cpu_has(feature: &str) -> bool {
 /// The tiers of a CPU with the features that `has` tells, best first.
 #[cfg(target_arch = "x86_64")]
 fn tiers_with(has: impl Fn(&str) -> bool) -> Vec<Tier> {
-    let wide = [
-        Vaes512::proven_by(&has).map(Wide::Vaes512),
-        Vaes256::proven_by(&has).map(Wide::Vaes256),
-        AesNi::proven_by(&has).map(Wide::AesNi),
-    ];
-    let wide = wide.into_iter().flatten().map(|wide| Tier(Level::Wide(wide)));
-    wide.chain([Tier::PORTABLE]).collect()
+    let mut tiers = vec![Tier::PORTABLE];
+    // Upwards, and only as far as every tier is there: a wider one hands what is left over to the next narrower one.
+    if let Some(token) = AesNi::proven_by(&has) {
+        tiers.insert(0, Tier(Level::Wide(Wide::AesNi(token))));
+        if let Some(token) = Vaes256::proven_by(&has) {
+            tiers.insert(0, Tier(Level::Wide(Wide::Vaes256(token))));
+            if let Some(token) = Vaes512::proven_by(&has) {
+                tiers.insert(0, Tier(Level::Wide(Wide::Vaes512(token))));
+            }
+        }
+    }
+    tiers
 }
 
 impl Tier {
@@ -266,7 +271,7 @@ mod tests {
         for missing in ["vaes", "vpclmulqdq", "avx2"] {
             assert_eq!(without(&[missing]), "aesni", "{missing}");
         }
-        for missing in ["aes", "pclmulqdq"] {
+        for missing in ["aes", "pclmulqdq", "sse4.1", "ssse3"] {
             assert_eq!(without(&[missing]), "portable", "{missing}");
         }
         assert_eq!(best(&["aes", "pclmulqdq", "sse4.1"]), "portable");

@@ -51,8 +51,8 @@
 //! | `bench` | yes | `keymill bench`, and the libraries that it compares with |
 //! | `deterministic` | no | `Engine::deterministic`: an in-memory engine whose every byte follows from a seed |
 //!
-//! `default-features = false` is the bare library. The environment variable `KEYMILL_TIER` lowers the tier of the
-//! kernels ([`Tier`]). A Unix system is needed.
+//! `default-features = false` is the bare library. The kernels are those of the best [`Tier`] that the CPU has; the
+//! environment variable `KEYMILL_TIER` and [`EngineBuilder::tier`] lower it. A Unix system is needed.
 
 mod batch;
 mod cpu;

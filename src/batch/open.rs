@@ -8,11 +8,7 @@ use std::sync::Arc;
 
 use zeroize::zeroize_stack;
 
-use super::{
-    NO_SLOT, Slots, check_output,
-    result::RunRecord,
-    run::{CHUNK_STACK_LEN, FanOut},
-};
+use super::{NO_SLOT, Slots, check_output, result::RunRecord, run::FanOut};
 use crate::{
     error::{Error, ErrorKind, Result},
     kernel::{self, Iv, KeyRef, Keys},
@@ -56,7 +52,7 @@ impl Item<'_> {
         let mut verdict = [false];
         let chunk = OpenChunk { items: std::slice::from_ref(self), out, verdicts: &mut verdict };
         open_chunk(chunk);
-        zeroize_stack::<CHUNK_STACK_LEN>();
+        zeroize_stack::<{ kernel::STACK_LEN }>();
         verdict[0]
     }
 }
@@ -209,7 +205,7 @@ impl<'a> OpenPlan<'a> {
         let work = self.cut(arena.as_mut_slice(), &mut verdicts);
         fan_out.for_each(self.items.len(), work, |chunk| {
             open_chunk(chunk);
-            zeroize_stack::<CHUNK_STACK_LEN>();
+            zeroize_stack::<{ kernel::STACK_LEN }>();
         });
 
         let mut map = vec![NO_SLOT; self.item_count];

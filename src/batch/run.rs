@@ -107,7 +107,7 @@ pub(crate) fn run(job: &Job<'_>, columns: Columns<'_>, fan_out: FanOut<'_>) {
     let work = cut(job.plan, columns);
     fan_out.for_each(job.plan.slot_count, work, |(number, chunk, columns)| {
         run_chunk(job, number, chunk, columns);
-        zeroize_stack::<CHUNK_STACK_LEN>();
+        zeroize_stack::<{ kernel::STACK_LEN }>();
     });
 }
 
@@ -128,9 +128,6 @@ fn cut<'a>(plan: &'a Plan, columns: Columns<'a>) -> Vec<(u64, &'a Chunk, Columns
 fn split_off<'a>(column: &mut &'a mut [u8], len: usize) -> &'a mut [u8] {
     column.split_off_mut(..len).expect("the chunks' lengths add up to the column's")
 }
-
-/// More stack than the set-up of a chunk's keys uses.
-pub(super) const CHUNK_STACK_LEN: usize = 8192;
 
 /// In a frame of its own, so that the whole of it can be overwritten afterwards.
 #[inline(never)]

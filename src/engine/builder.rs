@@ -112,7 +112,7 @@ impl EngineBuilder {
     /// As there.
     pub fn open(self, store: impl AsRef<Path>, root_key: &RootKey) -> Result<Engine> {
         let tier = self.lowered_tier()?;
-        let store = SqliteStore::open(store.as_ref(), root_key)?;
+        let store = SqliteStore::open(store.as_ref(), root_key, tier)?;
         self.start(Box::new(store), Rng::Os(tier), tier)
     }
 

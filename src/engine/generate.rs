@@ -3,6 +3,7 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
+use zeroize::zeroize_stack;
 
 use super::{Engine, Shared, wraps};
 use crate::{
@@ -203,6 +204,7 @@ impl Shared {
             stride: layout.len(),
             offset: layout.ciphertext_at(),
         });
+        zeroize_stack::<{ kernel::STACK_LEN }>();
         Ok(DataKey {
             key_version_id: version.id,
             iv: Bytes::copy_from_slice(&iv),

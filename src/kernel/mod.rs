@@ -20,6 +20,14 @@ use crate::{
     os::LockedBox,
 };
 
+/// Bytes of stack that hold what kernels, and the code between them, leave behind. Callers that are done overwrite them
+/// (`zeroize_stack`): once a chunk or call, not once a kernel.
+pub(crate) const STACK_LEN: usize = 8192;
+
+/// Most bytes of a message or an AAD. Far above what anybody passes, and far below what the counter (2^32 blocks) and
+/// the bound of SP 800-38D allow, so that no kernel meets either in the midst of a message.
+const LEN_MAX: usize = 1 << 32;
+
 /// An IV as it stands in a batch's IV column.
 pub(crate) type Iv = [u8; IV_LEN];
 
@@ -248,6 +256,7 @@ pub(crate) fn seal_many(job: Seal<'_>) {
     assert_eq!(Some(job.out.len()), count.checked_mul(job.stride));
     let end = job.len.checked_add(TAG_LEN).and_then(|end| end.checked_add(job.offset));
     assert!(end.is_some_and(|end| end <= job.stride));
+    assert!(job.len <= LEN_MAX);
     match job.keys.of_first(count) {
         None => {}
         Some(KeyRef(RefInner::Portable(_))) => portable::seal_many(job),
@@ -280,6 +289,7 @@ pub(crate) fn open_many(job: Open<'_>) {
     assert_eq!(Some(job.out.len()), count.checked_mul(job.len));
     let sealed_len = job.len.checked_add(TAG_LEN);
     assert!(job.sealed.iter().all(|sealed| Some(sealed.len()) == sealed_len));
+    assert!(job.len <= LEN_MAX);
     match job.keys.of_first(count) {
         None => {}
         Some(KeyRef(RefInner::Portable(_))) => portable::open_many(job),

@@ -87,18 +87,17 @@ impl SqliteStore {
             write_new(draft.path(), &keys, rng).map_err(|failure| failure.explain(&path))?;
         }
         draft.publish().map_err(place)?;
-        Self::open(&path, root)
+        Self::open(&path, root, tier(rng))
     }
 
-    /// Opens a store that exists.
+    /// Opens a store that exists. Its records are sealed and opened by the kernels of `tier`.
     ///
     /// # Errors
     /// `StoreMissing`; `WrongRootKey`, with nothing written; `StoreCorrupt` if the file is no store of ours, or a
     /// damaged one; `StoreUnavailable` if it cannot be read and written.
-    pub(crate) fn open(path: &Path, root: &RootKey) -> Result<Self> {
+    pub(crate) fn open(path: &Path, root: &RootKey, tier: Tier) -> Result<Self> {
         let path = absolute(path)?;
         check_file(&path)?;
-        let tier = Tier::detect()?;
         watch_forks()?;
         let (keys, meta) = {
             let _gate = Gate::enter(&path)?;

@@ -37,7 +37,7 @@ impl XaesKey {
         // The top bit of L selects 0x87 without a branch: L is secret.
         let doubled = Zeroizing::new((*l << 1) ^ ((*l >> 127) * 0x87));
         *k1 = doubled.to_be_bytes();
-        zeroize_stack::<8192>();
+        zeroize_stack::<{ kernel::STACK_LEN }>();
         Ok(Self { tier, block, k1 })
     }
 
@@ -46,9 +46,9 @@ impl XaesKey {
     /// # Errors
     /// `Machine` if there is no memory.
     pub(crate) fn derive(&self, salt: &[u8; SALT_LEN]) -> Result<GcmKey> {
-        let mut derived = DerivedKeys::new();
-        derived.derive_materials(&[Derivation { root: self, salt: *salt }]);
-        GcmKey::new(self.tier, &derived.materials()[0])
+        let mut pairs = Zeroizing::default();
+        derive_pairs(&[Derivation { root: self, salt: *salt }], &mut pairs);
+        GcmKey::new(self.tier, &materials(&pairs)[0])
     }
 
     /// The two blocks whose encryption is the key of `salt`.
@@ -85,10 +85,10 @@ impl XaesKey {
             stride: plaintext.len() + TAG_LEN,
             offset: 0,
         });
-        zeroize_stack::<8192>();
+        zeroize_stack::<{ kernel::STACK_LEN }>();
     }
 
-    /// Opens one message into `out`, zeros if the tag is wrong. Returns whether it is right.
+    /// Opens one message into `out`, zeros if the tag (or the length) is wrong. Returns whether it is right.
     pub(crate) fn open(
         &self,
         nonce: &[u8; SALT_LEN + IV_LEN],
@@ -110,8 +110,10 @@ impl XaesKey {
                 out,
                 verdicts: &mut verdict,
             });
+        } else {
+            out.fill(0);
         }
-        zeroize_stack::<8192>();
+        zeroize_stack::<{ kernel::STACK_LEN }>();
         verdict[0]
     }
 }
@@ -139,29 +141,34 @@ impl DerivedKeys {
     /// Derives the AES-256-GCM key of each derivation and sets it up, all of them together, in place of those that were
     /// here. The roots are of one tier.
     pub(crate) fn derive_many(&mut self, derivations: &[Derivation<'_>]) {
-        let Some(first) = derivations.first() else { return };
-        self.derive_materials(derivations);
-        let materials = self.pairs.as_flattened().as_flattened().as_chunks().0;
-        self.keys.set_up_many(first.root.tier, materials);
-        self.pairs.as_flattened_mut().as_flattened_mut().zeroize();
-    }
-
-    fn derive_materials(&mut self, derivations: &[Derivation<'_>]) {
-        // All zeros, so that growing leaves no keys behind.
-        self.pairs.clear();
-        self.pairs.extend(derivations.iter().map(|one| one.root.masked_pair(&one.salt)));
-        let keys: Vec<_> = derivations.iter().map(|one| &one.root.block).collect();
-        kernel::encrypt_pairs(&keys, &mut self.pairs);
-    }
-
-    fn materials(&self) -> &[[u8; 32]] {
-        self.pairs.as_flattened().as_flattened().as_chunks().0
+        let Some(first) = derivations.first() else {
+            self.keys = GcmKeys::new();
+            return;
+        };
+        // Out of `self` while it holds keys: if anything panics, it is wiped and gone.
+        let mut pairs = std::mem::take(&mut self.pairs);
+        derive_pairs(derivations, &mut pairs);
+        self.keys.set_up_many(first.root.tier, materials(&pairs));
+        pairs.as_flattened_mut().as_flattened_mut().zeroize();
+        self.pairs = pairs;
     }
 
     /// The key of the derivation at `index`.
     pub(crate) fn key(&self, index: usize) -> KeyRef<'_> {
         self.keys.key(index)
     }
+}
+
+/// Puts the key of each derivation into `pairs`, which holds zeros, so that growing leaves no keys behind.
+fn derive_pairs(derivations: &[Derivation<'_>], pairs: &mut Vec<BlockPair>) {
+    pairs.clear();
+    pairs.extend(derivations.iter().map(|one| one.root.masked_pair(&one.salt)));
+    let keys: Vec<_> = derivations.iter().map(|one| &one.root.block).collect();
+    kernel::encrypt_pairs(&keys, pairs);
+}
+
+fn materials(pairs: &[BlockPair]) -> &[[u8; 32]] {
+    pairs.as_flattened().as_flattened().as_chunks().0
 }
 
 fn split(nonce: &[u8; SALT_LEN + IV_LEN]) -> ([u8; SALT_LEN], [u8; IV_LEN]) {

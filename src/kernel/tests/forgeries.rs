@@ -35,21 +35,43 @@ fn flip(message: &mut Message, bit: usize) {
     *parts.into_iter().nth(bit / 8).expect("counted by the caller") ^= 1 << (bit % 8);
 }
 
-/// Every set of refused messages of a register and its neighbour.
+/// Every set of refused messages of a register and its neighbour, under keys of their own.
 #[test]
 fn every_set_of_forgeries() {
     let mut source = Source::new(12);
     let good: Vec<_> = (0..8).map(|_| source.message(32, 32, 16)).collect();
     let set_ups = SetUp::all(&good);
     for set in 0..256 {
-        let mut batch = good.clone();
-        for (i, message) in batch.iter_mut().enumerate().filter(|(i, _)| set >> i & 1 == 1) {
-            message.sealed[32 + i] ^= 0x80;
-            message.valid = false;
-        }
+        let batch = forge(&good, 0, set);
         check_open_many(&set_ups, &batch);
         check_open_many(&set_ups, &batch[..7]);
     }
+}
+
+/// The same under one key and around the places where passes meet: the last one also goes back over messages that were
+/// opened, and refused, before.
+#[test]
+fn every_set_of_forgeries_where_passes_meet() {
+    let mut source = Source::new(14);
+    let material = source.bytes(32);
+    let good: Vec<_> = (0..GROUP + 1).map(|_| source.message_under(&material, 32, 16)).collect();
+    let set_ups = SetUp::all(&good);
+    for set in 0..256 {
+        for (first, count) in [(4, 12), (5, 13), (9, GROUP + 1)] {
+            check_open_many(&set_ups, &forge(&good, first, set)[..count]);
+        }
+    }
+}
+
+/// Changes the tags of the messages in `set`, of eight from `first` on.
+fn forge(good: &[Message], first: usize, set: usize) -> Vec<Message> {
+    let mut batch = good.to_vec();
+    for i in (0..8).filter(|i| set >> i & 1 == 1) {
+        let message = &mut batch[first + i];
+        message.sealed[32 + i] ^= 0x80;
+        message.valid = false;
+    }
+    batch
 }
 
 #[test]

@@ -29,9 +29,16 @@ fn around_4_kib() {
 
 #[test]
 fn around_64_kib() {
-    // The counter's third byte: block 2^16 has number 2^16 - 1.
     for len in [(64 << 10) - 1, 64 << 10, (64 << 10) + 1] {
         check(len, &[1, 2, 5]);
+    }
+}
+
+/// The counter's third byte begins in the midst of a message: block 65,536, with J0 as block 1.
+#[test]
+fn around_1_mib() {
+    for len in [(1 << 20) - 33, (1 << 20) + 1] {
+        check(len, &[1, 3]);
     }
 }
 

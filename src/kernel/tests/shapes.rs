@@ -117,6 +117,18 @@ fn every_short_shape_at_every_count() {
     }
 }
 
+/// Short messages whose AADs take many reductions, in passes that overlap.
+#[test]
+fn short_messages_with_long_aads() {
+    let mut source = Source::new(13);
+    for (len, aad_len) in [(16, 300), (32, AAD_LEN_MAX), (32, 129), (64, 1024), (64, 1000)] {
+        let pool = under_one_key(&mut source, 32, 2 * GROUP + 1, len, aad_len);
+        for count in [1, 2, 4, 5, 7, 8, 9, 12, 13, 16, 17, 2 * GROUP + 1] {
+            check_both(&mut pool[..count].to_vec(), &mut source, TIGHT);
+        }
+    }
+}
+
 #[test]
 fn every_count_up_to_four_groups_and_one() {
     let mut source = Source::new(2);

@@ -15,7 +15,7 @@ use crate::{
 };
 
 fn open_error(path: &Path) -> Error {
-    let error = SqliteStore::open(path, &root()).err().expect("this had to fail");
+    let error = SqliteStore::open(path, &root(), tier()).err().expect("this had to fail");
     assert!(error.message().contains(&path.display().to_string()), "{error}");
     error
 }
@@ -106,7 +106,7 @@ fn paths_mean_files_whatever_they_look_like() {
         let path = home.path().join(name);
         drop(SqliteStore::create(&path, &root(), &rng()).unwrap());
         assert!(path.is_file(), "{name}");
-        drop(SqliteStore::open(&path, &root()).unwrap());
+        drop(SqliteStore::open(&path, &root(), tier()).unwrap());
     }
 }
 
@@ -129,7 +129,7 @@ fn an_interrupted_creation_leaves_nothing() {
         let made = made.join();
         assert_eq!(made == 1, path.exists(), "{limit}");
         if made == 1 {
-            drop(SqliteStore::open(&path, &root()).unwrap());
+            drop(SqliteStore::open(&path, &root(), tier()).unwrap());
         }
         assert_eq!(fs::read_dir(home.path()).unwrap().count() as u64, made, "{limit}");
         let _ = fs::remove_file(&path);
@@ -224,7 +224,7 @@ fn a_read_only_file_system_is_told() {
         let error = SqliteStore::create(&place.join("new.db"), &root(), &rng()).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{error}");
         assert_eq!(mount("none", place, "tmpfs", libc::MS_REMOUNT, ""), 0);
-        SqliteStore::open(&path, &root()).unwrap().load().unwrap();
+        SqliteStore::open(&path, &root(), tier()).unwrap().load().unwrap();
     });
 }
 

@@ -23,6 +23,11 @@ pub(super) fn rng() -> Rng {
     Rng::Os(Tier::PORTABLE)
 }
 
+/// Of opened stores. New ones are written by the tier of `rng`, so that either reads what the other wrote.
+pub(super) fn tier() -> Tier {
+    Tier::detect().unwrap()
+}
+
 pub(super) fn root() -> RootKey {
     RootKey::from_bytes(&[0x5a; 32]).unwrap()
 }
@@ -42,7 +47,7 @@ impl Scratch {
     }
 
     pub(super) fn open(&self) -> Result<SqliteStore> {
-        SqliteStore::open(&self.path, &root())
+        SqliteStore::open(&self.path, &root(), tier())
     }
 
     /// A connection that knows nothing of us and checks nothing.

@@ -360,7 +360,7 @@ fn a_wrong_root_key_is_told_and_touches_nothing() {
     let wrong = RootKey::from_bytes(&[1; 32]).unwrap();
     for round in 0..2 {
         let before = bytes_of(&scratch.path);
-        let error = SqliteStore::open(&scratch.path, &wrong).err().unwrap();
+        let error = SqliteStore::open(&scratch.path, &wrong, tier()).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::WrongRootKey);
         assert!(error.message().contains("keys.db"), "{error}");
         assert_eq!(bytes_of(&scratch.path), before);
