@@ -1,14 +1,16 @@
-//! The deterministic mode: the same seed and the same calls give the same bytes, for any number of threads.
+//! The deterministic mode: the same seed and the same calls give the same bytes, for any number of threads and any tier.
 #![cfg(feature = "deterministic")]
 
 use std::sync::Arc;
 
-use keymill::{CreateKey, Engine, GenerateDataKeyRequest, KeySpec, Scheme};
+use keymill::{CreateKey, Engine, GenerateDataKeyRequest, KeySpec, Scheme, Tier};
 
 /// Everything that a fixed row of calls returns, as one string of bytes.
-fn transcript(seed: u8, threads: usize) -> Vec<u8> {
+fn transcript(seed: u8, threads: usize, tier: Tier) -> Vec<u8> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-    let engine = Engine::builder().thread_pool(Arc::new(pool)).deterministic([seed; 32]).unwrap();
+    let builder = Engine::builder().thread_pool(Arc::new(pool)).tier(tier);
+    let engine = builder.deterministic([seed; 32]).unwrap();
+    assert_eq!(engine.tier(), tier.min(Tier::detect().unwrap()));
     let mut names = Vec::new();
     for i in 0..40 {
         let (spec, scheme) = match i % 4 {
@@ -56,9 +58,13 @@ fn transcript(seed: u8, threads: usize) -> Vec<u8> {
 }
 
 #[test]
-fn the_same_seed_gives_the_same_bytes_for_any_number_of_threads() {
-    let one = transcript(1, 1);
-    assert!(one == transcript(1, 2), "2 threads differ from 1");
-    assert!(one == transcript(1, 8), "8 threads differ from 1");
-    assert!(one != transcript(2, 1), "another seed gives the same bytes");
+fn the_same_seed_gives_the_same_bytes_for_any_number_of_threads_and_any_tier() {
+    let best = Tier::available()[0];
+    let one = transcript(1, 1, best);
+    assert!(one == transcript(1, 2, best), "2 threads differ from 1");
+    assert!(one == transcript(1, 8, best), "8 threads differ from 1");
+    assert!(one != transcript(2, 1, best), "another seed gives the same bytes");
+    for tier in &Tier::available()[1..] {
+        assert!(one == transcript(1, 2, *tier), "{tier} differs from {best}");
+    }
 }

@@ -207,3 +207,31 @@ fn pairs_of_blocks() {
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(too_many)).is_err());
     }
 }
+
+/// Round keys and powers of H, which are as good as the key.
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "reads memory after what was in it is dropped")]
+#[test]
+fn a_dropped_context_leaves_zeros() {
+    use std::{mem::MaybeUninit, ptr};
+
+    use crate::{cpu::Level, kernel::x86_64::Context};
+
+    let read = |place: &MaybeUninit<Context>| {
+        let start = place.as_ptr().cast::<u8>();
+        // SAFETY: a context is written below, with its round keys first; dropped, it is still memory of `place`.
+        let round_keys = unsafe { ptr::read_volatile(start.cast::<[u8; 240]>()) };
+        // SAFETY: likewise, with the powers behind 256 bytes.
+        let powers = unsafe { ptr::read_volatile(start.add(256).cast::<[u8; 128]>()) };
+        [&round_keys[..], &powers].concat()
+    };
+    for &tier in tiers() {
+        let Level::Wide(wide) = tier.level() else { continue };
+        let mut place = MaybeUninit::uninit();
+        place.write(Context::new(wide, &[0x77; 32]));
+        assert!(read(&place).iter().filter(|byte| **byte != 0).count() > 300, "{tier}");
+        // SAFETY: a context was written, and is not used as one again.
+        unsafe { place.assume_init_drop() };
+        assert!(read(&place).iter().all(|byte| *byte == 0), "{tier}");
+    }
+}
