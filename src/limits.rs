@@ -46,7 +46,7 @@ pub const CHUNK_BYTES_MAX: usize = 256 << 10;
 /// A run of a `Derived` version shorter than this uses the version's wrapping state and spares itself the set-up of a
 /// key of its own, which costs more than sealing a message. Chosen, not measured.
 pub const SHORT_RUN: usize = 32;
-/// A batch of fewer items runs on the caller's thread (threshold: PERF.md, "Fan-out").
+/// A batch of fewer items runs on the caller's thread (threshold: PERF.md, "The batch call").
 pub const FAN_OUT_ITEMS_MIN: usize = 2048;
 /// A batch of fewer items takes its seed from the thread's pool, a larger one from the operating system.
 pub const OS_SEED_ITEMS_MIN: usize = 256;

@@ -281,14 +281,20 @@ pub(crate) struct Open<'a> {
     pub(crate) verdicts: &'a mut [bool],
 }
 
+/// The length of every slice, if they have one.
+fn common_len(slices: &[&[u8]]) -> Option<usize> {
+    let first = slices.first()?.len();
+    // To the end in any case, which takes less time than a branch for each.
+    let differences = slices.iter().fold(0, |sum, slice| sum | (slice.len() ^ first));
+    (differences == 0).then_some(first)
+}
+
 /// Opens every message of `job`. A wrong tag zeroes that message's output and leaves its neighbours alone.
 pub(crate) fn open_many(job: Open<'_>) {
     let count = job.ivs.len();
     assert!(job.keys.fits(count) && job.aads.len() == count && job.sealed.len() == count);
     assert_eq!(job.verdicts.len(), count);
     assert_eq!(Some(job.out.len()), count.checked_mul(job.len));
-    let sealed_len = job.len.checked_add(TAG_LEN);
-    assert!(job.sealed.iter().all(|sealed| Some(sealed.len()) == sealed_len));
     assert!(job.len <= LEN_MAX);
     match job.keys.of_first(count) {
         None => {}

@@ -19,7 +19,7 @@ use rand_chacha::{
 };
 use zeroize::{Zeroize, zeroize_stack};
 
-use super::{Iv, Open, Seal};
+use super::{Iv, Open, Seal, common_len};
 use crate::limits::TAG_LEN;
 
 /// AES-GCM for the three key lengths. The ciphers wipe themselves on drop (feature `zeroize`).
@@ -95,6 +95,7 @@ pub(super) fn seal_many(job: Seal<'_>) {
 
 pub(super) fn open_many(job: Open<'_>) {
     let Open { keys, ivs, aads, sealed, len, out, verdicts } = job;
+    assert_eq!(common_len(sealed), len.checked_add(TAG_LEN));
     for (i, (iv, aad)) in ivs.iter().zip(aads).enumerate() {
         let key = keys.of(i).portable();
         let out = &mut out[i * len..][..len];

@@ -145,12 +145,9 @@ impl DerivedKeys {
             self.keys = GcmKeys::new();
             return;
         };
-        // Out of `self` while it holds keys: if anything panics, it is wiped and gone.
-        let mut pairs = std::mem::take(&mut self.pairs);
-        derive_pairs(derivations, &mut pairs);
-        self.keys.set_up_many(first.root.tier, materials(&pairs));
-        pairs.as_flattened_mut().as_flattened_mut().zeroize();
-        self.pairs = pairs;
+        derive_pairs(derivations, &mut self.pairs);
+        self.keys.set_up_many(first.root.tier, materials(&self.pairs));
+        self.pairs.as_flattened_mut().as_flattened_mut().zeroize();
     }
 
     /// The key of the derivation at `index`.
@@ -159,8 +156,13 @@ impl DerivedKeys {
     }
 }
 
-/// Puts the key of each derivation into `pairs`, which holds zeros, so that growing leaves no keys behind.
+/// Puts the key of each derivation into `pairs`.
 fn derive_pairs(derivations: &[Derivation<'_>], pairs: &mut Vec<BlockPair>) {
+    if pairs.capacity() < derivations.len() {
+        // Growing would leave behind what is here: zeros, or keys if something panicked.
+        pairs.zeroize();
+        pairs.reserve_exact(derivations.len());
+    }
     pairs.clear();
     pairs.extend(derivations.iter().map(|one| one.root.masked_pair(&one.salt)));
     let keys: Vec<_> = derivations.iter().map(|one| &one.root.block).collect();

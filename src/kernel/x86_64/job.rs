@@ -1,6 +1,6 @@
 //! What a kernel works on, with its lengths checked once, and how its messages are cut into passes.
 
-use super::super::{Iv, Open, Seal};
+use super::super::{Iv, Open, Seal, common_len};
 use crate::limits::TAG_LEN;
 
 /// The job of a [`Seal`] or an [`Open`].
@@ -42,7 +42,7 @@ impl<'a> Job<'a> {
         assert_eq!(Some(out.len()), count.checked_mul(stride));
         let end = len.checked_add(TAG_LEN).and_then(|end| end.checked_add(offset));
         assert!(end.is_some_and(|end| end <= stride));
-        let (sealed, verdicts, aad_len) = (&[][..], &mut [][..], one_len(aads));
+        let (sealed, verdicts, aad_len) = (&[][..], &mut [][..], common_len(aads));
         Self {
             opens: false,
             ivs,
@@ -63,9 +63,8 @@ impl<'a> Job<'a> {
         let count = ivs.len();
         assert!(aads.len() == count && sealed.len() == count && verdicts.len() == count);
         assert_eq!(Some(out.len()), count.checked_mul(len));
-        let sealed_len = len.checked_add(TAG_LEN);
-        assert!(sealed.iter().all(|sealed| Some(sealed.len()) == sealed_len));
-        let (stride, offset, aad_len) = (len, 0, one_len(aads));
+        assert_eq!(common_len(sealed), len.checked_add(TAG_LEN));
+        let (stride, offset, aad_len) = (len, 0, common_len(aads));
         let plaintexts = &[];
         Self {
             opens: true,
@@ -161,14 +160,6 @@ impl<'a> Job<'a> {
             self.out[index * self.len..][..self.len].fill(0);
         }
     }
-}
-
-/// The length of every AAD, if they have one.
-fn one_len(aads: &[&[u8]]) -> Option<usize> {
-    let first = aads.first()?.len();
-    // To the end in any case, which takes less time than a branch for each.
-    let differences = aads.iter().fold(0, |sum, aad| sum | (aad.len() ^ first));
-    (differences == 0).then_some(first)
 }
 
 /// Cuts messages, at least `LANES` of them, into passes of one, two or four subgroups.

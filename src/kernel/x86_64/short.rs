@@ -237,6 +237,11 @@ macro_rules! short_kernel {
             starts: [Start<LANES>; I],
             job: &mut Job<'_>,
         ) {
+            if L > 2 {
+                // The contexts of all lanes are more cache lines than the core looks ahead for. (In narrower tiers it
+                // keeps up, and hints cost more than they bring.)
+                keys.iter().flatten().for_each(|key| key.prefetch());
+            }
             let mut streams = counters::<I, S>(starts, job);
             encrypt(keys, &mut streams);
             for g in 0..I {
