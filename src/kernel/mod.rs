@@ -24,7 +24,7 @@ use crate::{
 /// (`zeroize_stack`): once a chunk or call, not once a kernel.
 pub(crate) const STACK_LEN: usize = 8192;
 
-/// Most bytes of a message or an AAD. Far above what anybody passes, and far below what the counter (2^32 blocks) and
+/// Most bytes of a message. Far above what anybody passes, and far below what the counter (2^32 blocks) and
 /// the bound of SP 800-38D allow, so that no kernel meets either in the midst of a message.
 const LEN_MAX: usize = 1 << 32;
 
@@ -32,8 +32,7 @@ const LEN_MAX: usize = 1 << 32;
 pub(crate) type Iv = [u8; IV_LEN];
 
 /// A long-lived key set up for AES-GCM (round keys, H and its powers), in locked pages, bound to the tier that set it
-/// up.
-/// Wiped on drop.
+/// up. Wiped on drop.
 pub(crate) struct GcmKey(GcmInner);
 
 enum GcmInner {

@@ -10,9 +10,9 @@ use crate::kernel::{GcmKeys, Keys, Seal, chacha_fill, seal_many};
 
 /// Counts up to a pass of the widest tier and one message more.
 const COUNTS: &[usize] =
-    if cfg!(miri) { &[3, 9] } else { &[1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 33] };
+    if cfg!(miri) { &[1, 3, 9] } else { &[1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 33] };
 const LENS: &[usize] =
-    if cfg!(miri) { &[13, 32] } else { &[0, 1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100, 129] };
+    if cfg!(miri) { &[0, 13, 32] } else { &[0, 1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100, 129] };
 
 #[test]
 fn small_battery_of_messages() {
