@@ -49,7 +49,7 @@ impl KeySet {
     pub fn derive_again(&mut self, root: &Root, salts: &[[u8; 12]]) {
         let Set::Derived(keys) = &mut self.0 else { panic!("these keys were given") };
         let derivation = |salt: &[u8; 12]| Derivation { root: &root.0, salt: *salt };
-        keys.derive_many(&salts.iter().map(derivation).collect::<Vec<_>>());
+        keys.derive_many(salts.iter().map(derivation));
     }
 
     fn key(&self, index: usize) -> KeyRef<'_> {

@@ -28,6 +28,10 @@
 //!   and a batch.
 //! - [`DataKeyBatch`], [`DecryptedBatch`]: results in request order. A bad item has its own [`Error`], and the others
 //!   succeed.
+//! - [`KeyHandle`]: a KEK found once ([`Engine::key`]). [`Engine::generate_data_keys`] makes many data keys of one KEK
+//!   and one length with it, [`Engine::generate_data_keys_into`] in memory that is there,
+//!   [`Engine::stream_data_keys`] more than fit in memory, [`Engine::generate_data_key_into`] one in the caller's
+//!   buffers.
 //! - [`Scheme`]: how a KEK wraps. `Derived` (XAES-256-GCM) has no practical bound; `Direct` is plain AES-GCM, whose
 //!   bound of 2^32 wraps a version is counted durably and enforced.
 //! - [`RootKey`]: opens the store, one SQLite file in which every KEK is sealed and every other row authenticated.
@@ -48,6 +52,7 @@
 //! | feature | default | brings |
 //! |---|---|---|
 //! | `cli` | yes | the `keymill` program and the crates it needs |
+//! | `arrow` | yes | `--format arrow` of the program: Arrow IPC streams |
 //! | `bench` | yes | `keymill bench`, and the libraries that it compares with |
 //! | `deterministic` | no | `Engine::deterministic`: an in-memory engine whose every byte follows from a seed |
 //!
@@ -64,6 +69,7 @@ mod kernel;
 pub mod kernels;
 mod keys;
 pub mod limits;
+mod memory;
 mod os;
 mod request;
 mod request_id;
@@ -72,17 +78,23 @@ mod secret;
 mod store;
 mod wrap;
 
-pub use batch::result::{
-    DataKey, DataKeyBatch, DataKeyRef, Decrypted, DecryptedBatch, DecryptedRef,
+pub use batch::{
+    data_key::DataKey,
+    result::{DataKeyBatch, DataKeyRef, Decrypted, DecryptedBatch, DecryptedRef},
 };
 pub use cpu::{TIER_VARIABLE, Tier};
-pub use engine::{DueReport, DueWork, Engine, EngineBuilder};
+pub use engine::{
+    DataKeyBuffers, DataKeyStream, DueReport, DueWork, Engine, EngineBuilder, WrittenDataKey,
+};
 pub use error::{Error, ErrorKind, Fault, Result};
 pub use keys::{
-    Alias, KeyId, KeyMetadata, KeySpec, KeyState, KeyVersionId, KeyVersionMetadata, Origin,
-    RotationPeriod,
+    Alias, KeyHandle, KeyId, KeyMetadata, KeySpec, KeyState, KeyVersionId, KeyVersionMetadata,
+    Origin, RotationPeriod,
 };
-pub use request::{CreateKey, DecryptRequest, GenerateDataKeyRequest, ImportKey};
+pub use request::{
+    CreateKey, DecryptRequest, GenerateDataKeyRequest, ImportKey, Operation,
+    aads::{AadSource, NoAad, SameAad},
+};
 pub use request_id::RequestId;
 pub use secret::SecretBytes;
 pub use store::RootKey;

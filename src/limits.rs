@@ -46,10 +46,19 @@ pub const CHUNK_BYTES_MAX: usize = 256 << 10;
 /// A run of a `Derived` version shorter than this uses the version's wrapping state and spares itself the set-up of a
 /// key of its own, which costs more than sealing a message. Chosen, not measured.
 pub const SHORT_RUN: usize = 32;
-/// A batch of fewer items runs on the caller's thread (threshold: PERF.md, "The batch call").
-pub const FAN_OUT_ITEMS_MIN: usize = 2048;
+/// A batch of fewer items runs on the caller's thread (threshold: PERF.md, "The engine", `batch` with 2 threads).
+pub const FAN_OUT_ITEMS_MIN: usize = 8192;
+/// Messages that go to the kernel in one call: their AADs and keys lie on the stack meanwhile.
+pub const BLOCK_ITEMS: usize = 256;
 /// A batch of fewer items takes its seed from the thread's pool, a larger one from the operating system.
 pub const OS_SEED_ITEMS_MIN: usize = 256;
+
+/// Most data keys of a window of a stream.
+pub const STREAM_WINDOW_ITEMS: usize = 16_384;
+/// Most bytes of a window of a stream: data keys, IVs and blobs, roughly.
+pub const STREAM_WINDOW_BYTES: usize = 4 << 20;
+/// Windows of a stream that wait to be read. One more is being made, and one is with the reader.
+pub const STREAM_WINDOWS_AHEAD: usize = 2;
 
 /// Wraps under one AES-GCM key with random IVs (SP 800-38D section 8.3): the bound of a `Direct` version.
 pub const WRAPS_PER_VERSION_MAX: u64 = 1 << 32;
@@ -64,13 +73,35 @@ pub const LEASE_FIRST: u64 = 64;
 pub const STATE_WRAPS_MAX: u64 = 1 << 20;
 /// Longest life of a wrapping state.
 pub const STATE_AGE_MAX: Duration = Duration::from_secs(1);
-/// Wrapping states that a version keeps.
-pub const STATE_SLOTS: usize = 8;
+/// Wrapping states that a version keeps: so many threads use one version without getting into each other's way.
+pub const STATE_SLOTS: usize = 16;
+
+/// Batches whose memory waits in an engine for the next ones.
+pub const RECYCLED_BATCHES_MAX: usize = 16;
+/// Bytes that wait there unless the engine's builder says otherwise: a million results of 32-byte data keys.
+pub const RECYCLED_BYTES_DEFAULT: usize = 128 << 20;
+/// Memory from this size on asks for huge pages: twice their size on x86-64.
+pub const HUGE_PAGES_MIN: usize = 4 << 20;
 
 /// A per-thread pool is reseeded from the operating system after this many bytes.
 pub const POOL_BYTES_MAX: u64 = 1 << 20;
 /// A per-thread pool is reseeded from the operating system after this time.
 pub const POOL_AGE_MAX: Duration = Duration::from_secs(1);
+
+/// Most keys that a pool of pre-generated keys holds.
+pub const KEY_POOL_CAPACITY_MAX: usize = 1 << 20;
+/// Keys that such a pool holds unless its configuration says otherwise.
+pub const KEY_POOL_CAPACITY_DEFAULT: usize = 1024;
+/// The age at which its keys expire unless its configuration says otherwise.
+pub const KEY_POOL_AGE_DEFAULT: Duration = Duration::from_secs(300);
+/// Keys that it makes in one batch.
+pub const KEY_POOL_BATCH_ITEMS: usize = 1024;
+/// Most keys that a thread takes out of such a pool's queue at once.
+pub const KEY_POOL_MAGAZINE_ITEMS: usize = 64;
+/// How often it looks for keys that have expired, and for changes of its KEK.
+pub const KEY_POOL_TICK: Duration = Duration::from_millis(200);
+/// Longest time between two attempts to refill it.
+pub const KEY_POOL_BACKOFF_MAX: Duration = Duration::from_secs(10);
 
 /// Shortest time between asking for a key's deletion and its execution, in days.
 pub const DELETION_DAYS_MIN: u32 = 7;

@@ -18,7 +18,7 @@
 #![expect(unsafe_code, reason = "memory mapping, fork handlers and clocks are system calls")]
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::HashMap,
     mem::{self, MaybeUninit},
     ops::{Deref, DerefMut},
@@ -26,7 +26,7 @@ use std::{
     sync::{
         Arc, LazyLock, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -34,6 +34,8 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use zeroize::{Zeroize, zeroize_stack};
 
 use crate::error::{Error, ErrorKind, Result};
+#[cfg(target_os = "linux")]
+use crate::limits::HUGE_PAGES_MIN;
 
 #[cfg(not(unix))]
 compile_error!("keymill needs a Unix system");
@@ -45,6 +47,11 @@ compile_error!("keymill needs a Unix system");
 pub(crate) struct Generation(u64);
 
 impl Generation {
+    /// The number itself, for atomics.
+    pub(crate) fn number(self) -> u64 {
+        self.0
+    }
+
     /// The low bits, for packing beside a counter. Generations of one line of forks differ in them for 2^24 forks.
     pub(crate) fn low_24(self) -> u64 {
         self.0 & 0xff_ffff
@@ -162,6 +169,23 @@ fn map_pages(len: usize) -> Option<NonNull<u8>> {
     if address == libc::MAP_FAILED { None } else { NonNull::new(address.cast()) }
 }
 
+/// Asks for huge pages under large memory that is about to be written for the first time. Advice: nothing depends on
+/// it.
+pub(crate) fn want_huge_pages(memory: &mut [MaybeUninit<u8>]) {
+    #[cfg(target_os = "linux")]
+    if memory.len() >= HUGE_PAGES_MIN {
+        // Whole pages within the memory.
+        let skipped = memory.as_ptr().align_offset(page_len());
+        let len = memory.len().saturating_sub(skipped) / page_len() * page_len();
+        if let Some(pages) = memory.get_mut(skipped..skipped + len) {
+            // SAFETY: the range is whole pages of memory that `memory` borrows; the advice changes no contents.
+            unsafe { libc::madvise(pages.as_mut_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
+}
+
 /// Milliseconds of a monotonic clock with a resolution of a few milliseconds, cheap enough for every call.
 pub(crate) fn coarse_ms() -> u64 {
     #[cfg(target_os = "linux")]
@@ -176,6 +200,19 @@ pub(crate) fn coarse_ms() -> u64 {
     };
     u64::try_from(time.tv_sec).unwrap_or(0) * 1000
         + u64::try_from(time.tv_nsec).unwrap_or(0) / 1_000_000
+}
+
+/// A small number of this thread, for spreading threads over slots. Threads that have ended had theirs alone.
+pub(crate) fn thread_number() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static NUMBER: Cell<Option<usize>> = const { Cell::new(None) };
+    }
+    NUMBER.get().unwrap_or_else(|| {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        NUMBER.set(Some(number));
+        number
+    })
 }
 
 /// A value that belongs to one process: a child makes its own on first use and abandons the inherited one.
@@ -458,8 +495,6 @@ extern "C" fn after_fork() {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::cell::Cell;
-
     use super::*;
 
     thread_local! {

@@ -1,11 +1,53 @@
 //! The request types. They borrow what the caller has, and are validated once, when an operation begins.
 
+pub(crate) mod aads;
+
 use crate::{
     error::{Error, Result, Shortened},
     keys::{KeySpec, RotationPeriod},
     limits::{AAD_LEN_MAX, DESCRIPTION_LEN_MAX, IV_LEN, NUMBER_OF_BYTES_MAX, NUMBER_OF_BYTES_MIN},
-    wrap::Scheme,
+    wrap::{Scheme, blob::Form},
 };
+
+/// The four operations that generate data keys, for calls that do any of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// Wraps under the key's initial version, for ever the same, into raw blobs with the IV beside them.
+    GenerateDataKey,
+    /// The same, and the data key is wiped as soon as it is wrapped.
+    GenerateDataKeyWithoutPlaintext,
+    /// Wraps under the key's primary version, into blobs that describe themselves.
+    AdvanceGenerateDataKey,
+    /// The same, and the data key is wiped as soon as it is wrapped.
+    AdvanceGenerateDataKeyWithoutPlaintext,
+}
+
+impl Operation {
+    /// The operation's name in the KMS.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::GenerateDataKey => "GenerateDataKey",
+            Self::GenerateDataKeyWithoutPlaintext => "GenerateDataKeyWithoutPlaintext",
+            Self::AdvanceGenerateDataKey => "AdvanceGenerateDataKey",
+            Self::AdvanceGenerateDataKeyWithoutPlaintext => {
+                "AdvanceGenerateDataKeyWithoutPlaintext"
+            }
+        }
+    }
+
+    /// Whether data keys are returned.
+    pub fn returns_plaintext(self) -> bool {
+        matches!(self, Self::GenerateDataKey | Self::AdvanceGenerateDataKey)
+    }
+
+    /// Raw blobs are wrapped under the initial version, self-describing ones under the primary one.
+    pub(crate) fn form(self) -> Form {
+        match self {
+            Self::GenerateDataKey | Self::GenerateDataKeyWithoutPlaintext => Form::Raw,
+            _ => Form::SelfDescribing,
+        }
+    }
+}
 
 /// The only algorithm, as requests and results name it.
 pub(crate) const ALGORITHM: &str = "AES_GCM";
@@ -42,13 +84,17 @@ impl<'a> GenerateDataKeyRequest<'a> {
     /// The length of the data key, if the lengths are within their limits.
     pub(crate) fn check(&self) -> Result<usize> {
         check_aad(self.aad)?;
-        match usize::try_from(self.number_of_bytes) {
-            Ok(len @ NUMBER_OF_BYTES_MIN..=NUMBER_OF_BYTES_MAX) => Ok(len),
-            _ => Err(Error::invalid(format!(
-                "NumberOfBytes {} is outside {NUMBER_OF_BYTES_MIN} to {NUMBER_OF_BYTES_MAX}.",
-                self.number_of_bytes
-            ))),
-        }
+        check_number_of_bytes(self.number_of_bytes)
+    }
+}
+
+/// The length of a data key, if it is within its limits.
+pub(crate) fn check_number_of_bytes(number: u32) -> Result<usize> {
+    match usize::try_from(number) {
+        Ok(len @ NUMBER_OF_BYTES_MIN..=NUMBER_OF_BYTES_MAX) => Ok(len),
+        _ => Err(Error::invalid(format!(
+            "NumberOfBytes {number} is outside {NUMBER_OF_BYTES_MIN} to {NUMBER_OF_BYTES_MAX}."
+        ))),
     }
 }
 
@@ -124,13 +170,12 @@ impl<'a> DecryptRequest<'a> {
 }
 
 pub(crate) fn check_aad(aad: &[u8]) -> Result<()> {
-    if aad.len() > AAD_LEN_MAX {
-        return Err(Error::invalid(format!(
-            "Aad has {} bytes; at most {AAD_LEN_MAX} are allowed.",
-            aad.len()
-        )));
-    }
-    Ok(())
+    if aad.len() > AAD_LEN_MAX { Err(aad_too_long(aad.len())) } else { Ok(()) }
+}
+
+#[cold]
+pub(crate) fn aad_too_long(len: usize) -> Error {
+    Error::invalid(format!("Aad has {len} bytes; at most {AAD_LEN_MAX} are allowed."))
 }
 
 /// A KEK to create.

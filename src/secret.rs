@@ -1,7 +1,8 @@
 //! Key bytes: zeroised on drop, compared in constant time, never printed.
 //!
 //! Public: lengths. Everything else here is secret. Long-lived secrets lie in `os::LockedBox`; the types of this file
-//! are for material on its way there and for data keys, which are written once, where their caller reads them.
+//! are for material on its way there and for data keys, which are written once, where their caller reads them (those of
+//! batches in `memory`).
 
 use std::{fmt, ops::Range, sync::Arc};
 
@@ -10,6 +11,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use crate::{
     error::{Error, ErrorKind, Result},
+    memory::Memory,
     os::LockedBox,
 };
 
@@ -48,88 +50,111 @@ impl fmt::Debug for Material {
     }
 }
 
-/// Memory that holds many data keys and is wiped before it is freed.
-pub(crate) struct SecretArena(Vec<u8>);
-
-impl SecretArena {
-    /// Zeroed memory.
-    ///
-    /// # Errors
-    /// `Machine` if the allocator refuses.
-    pub(crate) fn zeroed(len: usize) -> Result<Self> {
-        zeroed(len).map(Self)
-    }
-
-    pub(crate) fn as_slice(&self) -> &[u8] {
-        &self.0
-    }
-
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        &mut self.0
-    }
-}
-
-impl Drop for SecretArena {
-    fn drop(&mut self) {
-        self.0.zeroize();
-    }
-}
-
-/// Zeroed memory for one column of a batch.
+/// The plaintext of one data key: alone in memory of its own, or a view of its batch's memory.
 ///
-/// # Errors
-/// `Machine` if the allocator refuses, so that an over-large batch is an error and not an abort.
-pub(crate) fn zeroed(len: usize) -> Result<Vec<u8>> {
-    let mut memory = Vec::new();
-    memory.try_reserve_exact(len).map_err(|_| {
-        Error::new(ErrorKind::Machine, format!("The allocator refused {len} bytes."))
-    })?;
-    memory.resize(len, 0);
-    Ok(memory)
+/// `Debug` prints the length alone and `==` compares in constant time. A key in memory of its own is wiped when it is
+/// dropped, and a clone is a copy. A view shares the batch's memory, which is wiped when the last view of the batch and
+/// the batch itself are gone; [`SecretBytes::detach`] copies one key out of it.
+pub struct SecretBytes(Inner);
+
+enum Inner {
+    Own(Vec<u8>),
+    /// In the boxed data key that this is a part of, and never on its own: moving it would leave a copy behind.
+    Held {
+        len: u8,
+        bytes: [u8; HELD_LEN_MAX],
+    },
+    View {
+        memory: Arc<Memory>,
+        range: Range<usize>,
+    },
 }
 
-/// The plaintext of one data key: an owned view that shares its batch's memory.
-///
-/// `Debug` prints the length alone, `==` compares in constant time, and the memory is wiped when the last view of the
-/// batch and the batch itself are gone. A view keeps the whole batch's memory alive; [`SecretBytes::detach`] copies one
-/// key out of it.
-#[derive(Clone)]
-pub struct SecretBytes {
-    arena: Arc<SecretArena>,
-    range: Range<usize>,
-}
+/// Longest data key that is held in place.
+pub(crate) const HELD_LEN_MAX: usize = 32;
 
 impl SecretBytes {
-    pub(crate) fn view(arena: &Arc<SecretArena>, range: Range<usize>) -> Self {
-        assert!(range.start <= range.end && range.end <= arena.0.len());
-        Self { arena: Arc::clone(arena), range }
+    /// Zeros, to be written once they are where they will stay. In place if they are few.
+    pub(crate) fn zeros_in_place(len: usize) -> Self {
+        match u8::try_from(len) {
+            Ok(short) if len <= HELD_LEN_MAX => {
+                Self(Inner::Held { len: short, bytes: [0; HELD_LEN_MAX] })
+            }
+            _ => Self(Inner::Own(vec![0; len])),
+        }
+    }
+
+    /// The data key at `range` of a batch's column.
+    pub(crate) fn view(memory: &Arc<Memory>, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= memory.columns().deks.len());
+        Self(Inner::View { memory: Arc::clone(memory), range })
     }
 
     /// Takes the bytes over, to be wiped on drop.
     pub fn from_vec(bytes: Vec<u8>) -> Self {
-        let range = 0..bytes.len();
-        Self { arena: Arc::new(SecretArena(bytes)), range }
+        Self(Inner::Own(bytes))
     }
 
     /// The key itself. Copies that the caller makes are the caller's to wipe.
     pub fn expose(&self) -> &[u8] {
-        &self.arena.0[self.range.clone()]
+        match &self.0 {
+            Inner::Own(bytes) => bytes,
+            Inner::Held { len, bytes } => &bytes[..usize::from(*len)],
+            Inner::View { memory, range } => &memory.columns().deks[range.clone()],
+        }
+    }
+
+    /// The key, to be written; `None` of a view, which others may see.
+    pub(crate) fn expose_mut(&mut self) -> Option<&mut [u8]> {
+        match &mut self.0 {
+            Inner::Own(bytes) => Some(bytes),
+            Inner::Held { len, bytes } => Some(&mut bytes[..usize::from(*len)]),
+            Inner::View { .. } => None,
+        }
     }
 
     /// Number of bytes.
     pub fn len(&self) -> usize {
-        self.range.len()
+        self.expose().len()
     }
 
     /// Whether there are no bytes.
     pub fn is_empty(&self) -> bool {
-        self.range.is_empty()
+        self.len() == 0
     }
 
     /// A copy in memory of its own, so that a key kept for long does not keep its batch.
     #[must_use]
     pub fn detach(&self) -> Self {
         Self::from_vec(self.expose().to_vec())
+    }
+}
+
+impl Clone for SecretBytes {
+    fn clone(&self) -> Self {
+        match &self.0 {
+            Inner::View { memory, range } => Self::view(memory, range.clone()),
+            Inner::Own(_) | Inner::Held { .. } => self.detach(),
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        match self {
+            Self::Own(bytes) => wipe(bytes),
+            Self::Held { bytes, .. } => bytes.zeroize(),
+            Self::View { .. } => {}
+        }
+    }
+}
+
+/// Zeroes all of a vector's memory. `Vec::zeroize` would also write zero bytes behind a full one, which takes longer
+/// than wiping a key where the address is not mapped.
+fn wipe(bytes: &mut Vec<u8>) {
+    bytes.as_mut_slice().zeroize();
+    if bytes.capacity() > bytes.len() {
+        bytes.spare_capacity_mut().zeroize();
     }
 }
 
@@ -153,6 +178,7 @@ pub(crate) type Seed = Zeroizing<[u8; 32]>;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::{ColumnLens, Recycler};
 
     #[test]
     fn secrets_do_not_print() {
@@ -163,13 +189,17 @@ mod tests {
 
     #[test]
     fn views_share_memory_and_detached_ones_do_not() {
-        let arena = Arc::new(SecretArena((0..64).collect()));
-        let view = SecretBytes::view(&arena, 16..48);
-        assert_eq!(view.expose().as_ptr(), arena.as_slice()[16..].as_ptr());
+        let lens = ColumnLens { deks: 64, ivs: 24, blobs: 120 };
+        let mut memory = Memory::take(&Recycler::new(0), lens).unwrap();
+        memory.columns_mut().deks.copy_from_slice(&(0..64).collect::<Vec<_>>());
+        let memory = Arc::new(memory);
+        let view = SecretBytes::view(&memory, 16..48);
+        assert_eq!(view.expose().as_ptr(), memory.columns().deks[16..].as_ptr());
+        assert_eq!(view.clone().expose().as_ptr(), view.expose().as_ptr());
         let copy = view.detach();
-        assert_eq!(copy, view);
+        assert!(copy == view && copy.clone() == view);
         assert_ne!(copy.expose().as_ptr(), view.expose().as_ptr());
-        assert_ne!(SecretBytes::view(&arena, 0..32), view);
+        assert_ne!(SecretBytes::view(&memory, 0..32), view);
     }
 
     #[test]

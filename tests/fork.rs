@@ -122,7 +122,7 @@ fn make(engine: &Engine, count: usize, direct: bool) -> Vec<Made> {
     for at in 0..count / 5 {
         let (key, advance) = single(engine, at, direct);
         let dek = key.plaintext().unwrap().expose();
-        let fields = (dek, &key.iv()[..], &key.ciphertext_blob()[..], *key.request_id().as_bytes());
+        let fields = (dek, &key.iv()[..], key.ciphertext_blob(), *key.request_id().as_bytes());
         made.push(Made::new(place(at, direct), advance, fields));
     }
     let sizes = [1, 2, 7, 31, 33, 100, 255, 257, 600, 1025];
@@ -507,7 +507,7 @@ fn two_hundred_quick_forks_of_a_busy_process_all_work() {
                         let key = engine.generate_data_key(request).unwrap();
                         let dek = key.plaintext().unwrap().expose();
                         let id = *key.request_id().as_bytes();
-                        let fields = (dek, &key.iv()[..], &key.ciphertext_blob()[..], id);
+                        let fields = (dek, &key.iv()[..], key.ciphertext_blob(), id);
                         made.push(Made::new(place, false, fields));
                     }
                     let many = vec![requests[0]; LARGE];

@@ -1,5 +1,9 @@
-//! One call, many items: `plan` (pure decisions), `run` (the work, fanned out), `result` (the columnar result).
+//! One call, many items: `plan` and `lookup` (pure decisions), `run` (the work) and `fan_out` (shared among threads),
+//! `open` (both, for decrypting), `result` (the columnar result), `data_key` (one of its items, owned).
 
+pub(crate) mod data_key;
+pub(crate) mod fan_out;
+mod lookup;
 pub(crate) mod open;
 pub(crate) mod plan;
 pub(crate) mod result;
@@ -8,38 +12,18 @@ pub(crate) mod run;
 use crate::{
     error::{Error, ErrorKind, Result},
     limits::{BATCH_ITEMS_MAX, BATCH_OUTPUT_MAX},
-    wrap::blob::Form,
+    request::{GenerateDataKeyRequest, aads::AadSource},
 };
 
-/// What distinguishes the four generating operations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Operation {
-    /// Raw blobs are wrapped under the initial version, self-describing ones under the primary one.
-    pub(crate) form: Form,
-    /// Whether the data keys are returned.
-    pub(crate) plaintext: bool,
-}
-
-/// Where each item of a batch lies.
-pub(crate) enum Slots {
-    /// Item *i* in slot *i*.
-    Same,
-    /// Item *i* in slot `map[i]`; [`NO_SLOT`] for a refused one.
-    Map(Vec<u32>),
+/// Where the AADs of a batch's items are.
+#[derive(Clone, Copy)]
+pub(crate) enum Aads<'a> {
+    Requests(&'a [GenerateDataKeyRequest<'a>]),
+    Source(&'a dyn AadSource),
 }
 
 /// Stands for an item that was refused.
 pub(crate) const NO_SLOT: u32 = u32::MAX;
-
-impl Slots {
-    /// The slot of item `index`, unless it was refused.
-    pub(crate) fn of(&self, index: usize) -> Option<usize> {
-        match self {
-            Self::Same => Some(index),
-            Self::Map(map) => (map[index] != NO_SLOT).then_some(map[index] as usize),
-        }
-    }
-}
 
 /// # Errors
 /// `LimitExceeded` for more items than one call takes.

@@ -1,8 +1,13 @@
 //! Planning a generating batch: pure decisions, no I/O and no cryptography.
 //!
-//! In two steps, with the leases of wraps between them: [`Groups::resolve`] looks every item's key up in the ring and
-//! groups items by key version and length; [`Groups::lay_out`] gives every item that is still in its slot and cuts the
-//! slots into chunks. Slots go group by group, groups in the order of their first item, items in request order.
+//! In two steps, with the leases of wraps between them: [`Plan::resolve`] looks every item's key up in the ring and
+//! groups items by key version and length, [`Plan::resolve_uniform`] does the same for a batch that is one group from
+//! the start; [`Plan::lay_out`] gives every item that is still in its slot and cuts the slots into chunks. Slots go
+//! group by group, groups in the order of their first item, and in a group by the number of AAD blocks, since messages
+//! of about one length make the best neighbours for the kernels; items that have as many stay in request order.
+//!
+//! A name is looked up once a batch where equal names follow each other, and once each time it changes otherwise; the
+//! rest is counting. A batch of one group has no index at all. A plan keeps its memory for the next one.
 //!
 //! Chunk cuts depend on the batch alone, never on CPU, tier or threads: with the same seed, the same batch gives the
 //! same bytes everywhere.
@@ -11,12 +16,13 @@ use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use foldhash::fast::RandomState;
 
-use super::{NO_SLOT, Operation, Slots, check_output};
+use super::{NO_SLOT, check_output, lookup::Lookup};
 use crate::{
     error::{Error, ErrorKind, Result},
     keys::ring::{Key, KeyVersion, Ring},
-    limits::{CHUNK_BYTES_MAX, CHUNK_ITEMS_MAX, IV_LEN, SHORT_RUN},
-    request::GenerateDataKeyRequest,
+    limits::{AAD_LEN_MAX, CHUNK_BYTES_MAX, CHUNK_ITEMS_MAX, IV_LEN, SHORT_RUN},
+    memory::ColumnLens,
+    request::{GenerateDataKeyRequest, Operation, aad_too_long},
     wrap::{
         Scheme,
         blob::{Form, Layout},
@@ -26,25 +32,28 @@ use crate::{
 /// Items of one key version and one length.
 pub(crate) struct Group {
     pub(crate) key: Arc<Key>,
-    pub(crate) version: Arc<KeyVersion>,
     pub(crate) layout: Layout,
     count: usize,
 }
 
+/// Lengths of AADs that are kept apart: none, one to four blocks of sixteen bytes, and more.
+const AAD_CLASSES: u32 = 6;
+
+fn class_of(aad_len: usize) -> u32 {
+    u32::try_from(aad_len.div_ceil(16))
+        .map_or(AAD_CLASSES - 1, |blocks| blocks.min(AAD_CLASSES - 1))
+}
+
 impl Group {
+    /// The version that wraps. Found in the key, since a count of references costs more than a look.
+    pub(crate) fn version(&self) -> &Arc<KeyVersion> {
+        self.key.version_for(self.layout.form == Form::SelfDescribing)
+    }
+
     /// Items of the group that are not refused.
     pub(crate) fn count(&self) -> usize {
         self.count
     }
-}
-
-/// A batch whose items know their groups.
-pub(crate) struct Groups {
-    groups: Vec<Group>,
-    /// The group of each item; [`NO_SLOT`] for a refused one. Empty if all are in group 0.
-    of_item: Vec<u32>,
-    item_count: usize,
-    refused: Vec<Error>,
 }
 
 /// Wraps that a `Direct` version is asked for.
@@ -52,6 +61,7 @@ pub(crate) struct DirectNeed {
     pub(crate) key: Arc<Key>,
     pub(crate) version: Arc<KeyVersion>,
     pub(crate) wraps: u64,
+    pub(crate) granted: u64,
 }
 
 /// A `Direct` version that got fewer wraps than the batch needs.
@@ -77,7 +87,7 @@ pub(crate) enum Source {
     /// A long run of `Derived`: a key derived with the chunk's salt, with IVs of the chunk.
     Chunk,
     /// A short run of `Derived`: the version's wrapping state. The run has the places from `first` on of those that
-    /// are reserved for the version in this batch, by `state_needs[need]`.
+    /// are reserved for its group, by `state_needs[need]`.
     State { need: usize, first: u64 },
 }
 
@@ -93,122 +103,158 @@ pub(crate) struct Chunk {
 }
 
 /// What the batch does, decided in full.
+#[derive(Default)]
 pub(crate) struct Plan {
     pub(crate) groups: Vec<Group>,
     pub(crate) segments: Vec<Segment>,
     pub(crate) chunks: Vec<Chunk>,
-    pub(crate) slots: Slots,
-    /// The item of each slot; empty if [`Slots::Same`].
-    item_of_slot: Vec<u32>,
-    pub(crate) slot_count: usize,
-    pub(crate) dek_len: usize,
-    pub(crate) blob_len: usize,
-    /// Short-run items of each group's version: index of its first group, and how many.
+    /// Groups with short runs, and the items of these.
     pub(crate) state_needs: Vec<(usize, u64)>,
-    /// In item order.
-    pub(crate) refused: Vec<Error>,
+    /// What [`Plan::sum_direct_needs`] found.
+    pub(crate) direct_needs: Vec<DirectNeed>,
+    item_count: usize,
+    refused: Vec<Error>,
+    /// Until the layout, `group * AAD_CLASSES + class` of each item, [`NO_SLOT`] for a refused one; then its slot.
+    /// Empty if all are in group 0, so that each item's slot is its index.
+    of_item: Vec<u32>,
+    /// The item of each slot; empty as `of_item`.
+    item_of_slot: Vec<u32>,
+    /// Items of each class of each group, if there is an index; when items are placed, the next slot of each.
+    classes: Vec<u32>,
+    /// Bytes of an AAD on average.
+    aad_mean: usize,
 }
 
-impl Groups {
-    /// Looks every item up. The second value tells whether a name was unknown, so that a newer ring may know more.
-    pub(crate) fn resolve(
-        requests: &[GenerateDataKeyRequest<'_>],
+impl Plan {
+    /// Forgets the batch and its keys, and keeps the memory.
+    pub(crate) fn clear(&mut self) {
+        self.groups.clear();
+        self.segments.clear();
+        self.chunks.clear();
+        self.state_needs.clear();
+        self.direct_needs.clear();
+        self.item_count = 0;
+        self.refused.clear();
+        self.of_item.clear();
+        self.item_of_slot.clear();
+        self.classes.clear();
+    }
+
+    /// Looks every item up. Returns whether a name was unknown, so that a newer ring may know more.
+    pub(crate) fn resolve<'a>(
+        &mut self,
+        requests: &[GenerateDataKeyRequest<'a>],
         ring: &Ring,
         operation: Operation,
-    ) -> (Self, bool) {
-        let mut found = Self {
-            groups: Vec::new(),
-            of_item: Vec::new(),
-            item_count: requests.len(),
-            refused: Vec::new(),
-        };
-        let mut by_version: HashMap<(usize, usize), u32, RandomState> = HashMap::default();
-        let mut unknown = false;
-        // The last name that was looked up: equal names mostly come one after the other.
-        let mut last: Option<(&str, Result<&Arc<Key>>)> = None;
+    ) -> bool {
+        self.clear();
+        self.item_count = requests.len();
+        let mut lookup = Lookup::new(ring, operation, requests.len());
+        let (mut unknown, mut indexed, mut aads_len) = (false, false, 0);
         for (index, request) in requests.iter().enumerate() {
-            if last.as_ref().is_none_or(|(name, _)| *name != request.key_id) {
-                let key = ring
-                    .resolve(request.key_id)
-                    .ok_or_else(|| Error::key_not_found(request.key_id))
-                    .and_then(|key| key.record.check_usable().map(|()| key));
-                last = Some((request.key_id, key));
+            let aad_len = request.aad.len();
+            aads_len += aad_len;
+            let found = if aad_len <= AAD_LEN_MAX {
+                lookup.group(&mut self.groups, request)
+            } else {
+                // Parameters are checked before the key, as the KMS seems to do.
+                Err(aad_too_long(aad_len))
+            };
+            if !indexed && !matches!(found, Ok(0)) {
+                // The first that is not of group 0: from here on there is an index.
+                indexed = true;
+                self.of_item.reserve(self.item_count);
+                let before = requests[..index].iter().map(|request| class_of(request.aad.len()));
+                self.of_item.extend(before);
             }
-            let (_, key) = last.as_ref().expect("just set");
-            // Parameters are checked before the key, as the KMS seems to do.
-            let item = request.check().and_then(|len| Ok((len, key.clone()?)));
-            match item {
-                Ok((dek_len, key)) => {
-                    let version = match operation.form {
-                        Form::Raw => key.initial(),
-                        Form::SelfDescribing => key.primary(),
-                    };
-                    let group = *by_version
-                        .entry((Arc::as_ptr(version) as usize, dek_len))
-                        .or_insert_with(|| found.add_group(key, version, operation, dek_len));
-                    found.put(index, group);
-                    found.groups[group as usize].count += 1;
-                }
+            match found {
+                Ok(_) if !indexed => {}
+                Ok(group) => self.of_item.push(group * AAD_CLASSES + class_of(aad_len)),
                 Err(error) => {
                     unknown |= error.kind() == ErrorKind::KeyNotFound;
-                    found.put(index, NO_SLOT);
-                    found.refused.push(error.with_index(index));
+                    self.of_item.push(NO_SLOT);
+                    self.refused.push(error.with_index(index));
                 }
             }
         }
-        (found, unknown)
+        self.aad_mean = aads_len / requests.len().max(1);
+        if indexed {
+            self.count();
+        } else {
+            self.only_group(requests.len());
+        }
+        unknown
     }
 
-    fn add_group(
+    /// Counts the items of the only group, if there is one.
+    fn only_group(&mut self, count: usize) {
+        if let Some(group) = self.groups.first_mut() {
+            group.count = count;
+        }
+    }
+
+    /// Counts the items of each class of each group.
+    fn count(&mut self) {
+        self.classes.clear();
+        self.classes.resize(self.groups.len() * AAD_CLASSES as usize, 0);
+        for class in &self.of_item {
+            if let Some(count) = self.classes.get_mut(*class as usize) {
+                *count += 1;
+            }
+        }
+        let of_groups = self.classes.chunks_exact(AAD_CLASSES as usize);
+        for (group, classes) in self.groups.iter_mut().zip(of_groups) {
+            group.count = classes.iter().map(|count| *count as usize).sum();
+        }
+    }
+
+    /// Plans `count` items of one key and one length, whose AADs have `aads_len` bytes together.
+    pub(crate) fn resolve_uniform(
         &mut self,
         key: &Arc<Key>,
-        version: &Arc<KeyVersion>,
         operation: Operation,
         dek_len: usize,
-    ) -> u32 {
-        let scheme = version.wrapper.scheme();
-        self.groups.push(Group {
-            key: Arc::clone(key),
-            version: Arc::clone(version),
-            layout: Layout { form: operation.form, scheme, dek_len },
-            count: 0,
-        });
-        u32::try_from(self.groups.len() - 1).expect("no more groups than items")
-    }
-
-    /// Notes the group of item `index`; the notes begin with the first item that is not of group 0.
-    fn put(&mut self, index: usize, group: u32) {
-        if self.of_item.is_empty() && group != 0 {
-            self.of_item.reserve_exact(self.item_count);
-            self.of_item.resize(index, 0);
-        }
-        if !self.of_item.is_empty() || group != 0 {
-            self.of_item.push(group);
+        count: usize,
+        aads_len: usize,
+    ) {
+        self.clear();
+        self.item_count = count;
+        if count > 0 {
+            add_group(&mut self.groups, key, operation, dek_len);
+            self.only_group(count);
+            self.aad_mean = aads_len / count;
         }
     }
 
-    /// Items that are not refused.
-    pub(crate) fn accepted(&self) -> usize {
+    /// Items that are not refused, which are as many as slots.
+    pub(crate) fn slot_count(&self) -> usize {
         self.item_count - self.refused.len()
     }
 
-    /// The wraps that each `Direct` version of the batch needs.
-    pub(crate) fn direct_needs(&self) -> Vec<DirectNeed> {
-        let mut needs: Vec<DirectNeed> = Vec::new();
+    /// All items, refused or not.
+    pub(crate) fn item_count(&self) -> usize {
+        self.item_count
+    }
+
+    /// Sums up the wraps that each `Direct` version of the batch needs, in `direct_needs`.
+    pub(crate) fn sum_direct_needs(&mut self) {
+        let needs = &mut self.direct_needs;
+        needs.clear();
         let mut of_version: HashMap<usize, usize, RandomState> = HashMap::default();
+        let mut first = None;
         for group in self.groups.iter().filter(|group| group.layout.scheme == Scheme::Direct) {
-            let need =
-                *of_version.entry(Arc::as_ptr(&group.version) as usize).or_insert_with(|| {
-                    needs.push(DirectNeed {
-                        key: Arc::clone(&group.key),
-                        version: Arc::clone(&group.version),
-                        wraps: 0,
-                    });
-                    needs.len() - 1
-                });
+            let place = Arc::as_ptr(group.version()) as usize;
+            // Most batches have one version at most, and need no map.
+            let need = match *first.get_or_insert(place) == place {
+                true => 0,
+                false => *of_version.entry(place).or_insert(needs.len()),
+            };
+            if need == needs.len() {
+                let (key, version) = (Arc::clone(&group.key), Arc::clone(group.version()));
+                needs.push(DirectNeed { key, version, wraps: 0, granted: 0 });
+            }
             needs[need].wraps += group.count as u64;
         }
-        needs
     }
 
     /// Refuses the items of unknown names with `error`: the store that may know them could not be asked. Their
@@ -232,28 +278,33 @@ impl Groups {
             .map(|short| (Arc::as_ptr(&short.version) as usize, (short.granted, short.why)))
             .collect();
         if self.of_item.is_empty() {
-            self.of_item = vec![0; self.item_count];
+            self.of_item.resize(self.item_count, 0);
         }
         for (index, of_item) in self.of_item.iter_mut().enumerate() {
-            let Some(group) = self.groups.get_mut(*of_item as usize) else { continue };
-            match shortfalls.get_mut(&(Arc::as_ptr(&group.version) as usize)) {
+            let group = *of_item / AAD_CLASSES;
+            let Some(group) = self.groups.get(group as usize) else { continue };
+            match shortfalls.get_mut(&(Arc::as_ptr(group.version()) as usize)) {
                 None => {}
                 Some((granted, _)) if *granted > 0 => *granted -= 1,
                 Some((_, why)) => {
                     *of_item = NO_SLOT;
-                    group.count -= 1;
                     self.refused.push(why.clone().with_index(index));
                 }
             }
         }
+        self.count();
     }
 
-    /// Bytes of all data keys, and of all blobs.
-    fn lens(&self) -> (usize, usize) {
+    /// Bytes of each column.
+    pub(crate) fn lens(&self) -> ColumnLens {
         let size = |of: fn(&Layout) -> usize| {
             self.groups.iter().map(|group| group.count * of(&group.layout)).sum::<usize>()
         };
-        (size(|layout| layout.dek_len), size(|layout| layout.len()))
+        ColumnLens {
+            deks: size(|layout| layout.dek_len),
+            ivs: self.slot_count() * IV_LEN,
+            blobs: size(|layout| layout.len()),
+        }
     }
 
     /// To be asked before wraps are leased: a batch that is refused must not spend any.
@@ -261,88 +312,76 @@ impl Groups {
     /// # Errors
     /// `LimitExceeded` if the results are larger than one call may return.
     pub(crate) fn check_size(&self) -> Result<()> {
-        let (dek_len, blob_len) = self.lens();
-        check_output(dek_len + blob_len + self.accepted() * IV_LEN)
+        let ColumnLens { deks, ivs, blobs } = self.lens();
+        check_output(deks + ivs + blobs)
     }
 
     /// Gives every accepted item its slot and cuts the slots into chunks.
-    pub(crate) fn lay_out(mut self, requests: &[GenerateDataKeyRequest<'_>]) -> Plan {
-        let (dek_len, blob_len) = self.lens();
-        let slot_count = self.accepted();
-
-        let (slots, item_of_slot) = self.place();
+    pub(crate) fn lay_out(&mut self) {
+        if !self.of_item.is_empty() {
+            self.place();
+        }
         self.refused.sort_unstable_by_key(Error::index);
-        let mut plan = Plan {
-            groups: self.groups,
-            segments: Vec::new(),
-            chunks: Vec::new(),
-            slots,
-            item_of_slot,
-            slot_count,
-            dek_len,
-            blob_len,
-            state_needs: Vec::new(),
-            refused: self.refused,
-        };
-        plan.cut(requests);
-        plan.choose_sources();
-        plan
+        self.cut();
+        self.choose_sources();
     }
 
-    /// Slots by counting: where each group begins, then one pass over the items.
-    fn place(&self) -> (Slots, Vec<u32>) {
-        if self.of_item.is_empty() {
-            return (Slots::Same, Vec::new());
-        }
+    /// Slots by counting: where each class of each group begins, then one pass over the items.
+    fn place(&mut self) {
         let mut next = 0;
-        let mut starts: Vec<u32> = Vec::with_capacity(self.groups.len());
-        for group in &self.groups {
-            starts.push(next);
-            next += u32::try_from(group.count).expect("a batch has fewer than 2^32 items");
+        for class in &mut self.classes {
+            let count = *class;
+            *class = next;
+            next += count;
         }
-        let mut slots = vec![NO_SLOT; self.item_count];
-        let mut item_of_slot = vec![0; next as usize];
-        for ((item, slot), group) in (0..).zip(&mut slots).zip(&self.of_item) {
-            if let Some(start) = starts.get_mut(*group as usize) {
-                *slot = *start;
-                item_of_slot[*start as usize] = item;
-                *start += 1;
+        self.item_of_slot.resize(next as usize, 0);
+        for (item, of_item) in (0..).zip(&mut self.of_item) {
+            if let Some(slot) = self.classes.get_mut(*of_item as usize) {
+                *of_item = *slot;
+                self.item_of_slot[*slot as usize] = item;
+                *slot += 1;
             }
         }
-        (Slots::Map(slots), item_of_slot)
-    }
-}
-
-impl Plan {
-    /// The item in `slot`.
-    pub(crate) fn item(&self, slot: usize) -> usize {
-        if self.item_of_slot.is_empty() { slot } else { self.item_of_slot[slot] as usize }
     }
 
-    fn cut(&mut self, requests: &[GenerateDataKeyRequest<'_>]) {
+    /// The items of all slots; `None` if each is in the slot of its index.
+    pub(crate) fn items(&self) -> Option<&[u32]> {
+        (!self.item_of_slot.is_empty()).then_some(&self.item_of_slot)
+    }
+
+    /// The slots of all items, and the refusals in item order, with their memory.
+    pub(crate) fn results(&mut self) -> (&mut Vec<u32>, &mut Vec<Error>) {
+        (&mut self.of_item, &mut self.refused)
+    }
+
+    /// Chunks of as many items as are allowed, or as their bytes allow: those of AADs are the average of the batch.
+    fn cut(&mut self) {
         let mut open = Chunk { slots: 0..0, segments: 0..0, dek_len: 0, blob_len: 0 };
         let mut bytes = 0;
         let mut slot = 0;
-        for (group, Group { layout, count, .. }) in self.groups.iter().enumerate() {
-            let mut segment_start = slot;
-            for _ in 0..*count {
-                let aad_len = requests[self.item(slot)].aad.len();
-                let item_bytes = layout.dek_len + layout.len() + IV_LEN + aad_len;
-                let full = open.slots.len() == CHUNK_ITEMS_MAX
-                    || (bytes + item_bytes > CHUNK_BYTES_MAX && !open.slots.is_empty());
-                if full {
-                    push_segment(&mut self.segments, group, segment_start..slot);
-                    segment_start = slot;
+        for (number, group) in self.groups.iter().enumerate() {
+            let layout = group.layout;
+            let item_len = layout.dek_len + layout.len() + IV_LEN + self.aad_mean;
+            let mut left = group.count;
+            while left > 0 {
+                let of_bytes = CHUNK_BYTES_MAX.saturating_sub(bytes) / item_len;
+                let room = of_bytes.min(CHUNK_ITEMS_MAX - open.slots.len());
+                // One item always fits an empty chunk.
+                let taken = room.max(usize::from(open.slots.is_empty())).min(left);
+                if taken == 0 {
                     close(&mut self.chunks, &mut open, self.segments.len());
                     bytes = 0;
+                    continue;
                 }
-                bytes += item_bytes;
-                slot += 1;
+                let slots = slot..slot + taken;
+                slot = slots.end;
                 open.slots.end = slot;
-                open.dek_len += layout.dek_len;
-                open.blob_len += layout.len();
+                open.dek_len += taken * layout.dek_len;
+                open.blob_len += taken * layout.len();
+                bytes += taken * item_len;
+                left -= taken;
+                self.segments.push(Segment { group: number, slots, source: Source::Version });
             }
-            push_segment(&mut self.segments, group, segment_start..slot);
         }
         if !open.slots.is_empty() {
             close(&mut self.chunks, &mut open, self.segments.len());
@@ -351,19 +390,17 @@ impl Plan {
 
     /// Decides for each segment of a `Derived` version whether it derives a key of its own.
     fn choose_sources(&mut self) {
-        let mut of_version: HashMap<usize, usize, RandomState> = HashMap::default();
         for segment in &mut self.segments {
             let group = &self.groups[segment.group];
             segment.source = match group.layout.scheme {
                 Scheme::Direct => Source::Version,
                 Scheme::Derived if segment.slots.len() >= SHORT_RUN => Source::Chunk,
                 Scheme::Derived => {
-                    let need = *of_version
-                        .entry(Arc::as_ptr(&group.version) as usize)
-                        .or_insert_with(|| {
-                            self.state_needs.push((segment.group, 0));
-                            self.state_needs.len() - 1
-                        });
+                    // Segments come group by group.
+                    if self.state_needs.last().is_none_or(|(group, _)| *group != segment.group) {
+                        self.state_needs.push((segment.group, 0));
+                    }
+                    let need = self.state_needs.len() - 1;
                     let (_, count) = &mut self.state_needs[need];
                     let first = *count;
                     *count += segment.slots.len() as u64;
@@ -371,12 +408,6 @@ impl Plan {
                 }
             };
         }
-    }
-}
-
-fn push_segment(segments: &mut Vec<Segment>, group: usize, slots: Range<usize>) {
-    if !slots.is_empty() {
-        segments.push(Segment { group, slots, source: Source::Version });
     }
 }
 
@@ -390,4 +421,20 @@ fn close(chunks: &mut Vec<Chunk>, open: &mut Chunk, segment_count: usize) {
         blob_len: 0,
     };
     chunks.push(std::mem::replace(open, next));
+}
+
+pub(super) fn add_group(
+    groups: &mut Vec<Group>,
+    key: &Arc<Key>,
+    operation: Operation,
+    dek_len: usize,
+) -> u32 {
+    let form = operation.form();
+    let version = key.version_for(form == Form::SelfDescribing);
+    groups.push(Group {
+        key: Arc::clone(key),
+        layout: Layout { form, scheme: version.wrapper.scheme(), dek_len },
+        count: 0,
+    });
+    u32::try_from(groups.len() - 1).expect("no more groups than items")
 }

@@ -1,21 +1,31 @@
 //! The columnar results of a batch, and their views.
 //!
-//! A batch owns one arena a column (data keys, IVs, blobs), in plan order; slots lead from request order to it.
-//! Borrowed views ([`DataKeyRef`]) cost nothing; owned ones ([`DataKey`]) share the arenas and keep them alive.
-//! Nothing is copied and nothing is allocated per key.
+//! A batch owns one column each of data keys, IVs and blobs, in plan order; slots lead from request order to it.
+//! Borrowed views ([`DataKeyRef`]) cost nothing; owned ones ([`DataKey`]) share the batch's memory and keep it alive.
+//! Nothing is copied, and nothing is allocated per key but what an owned view needs for itself.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
 
 use bytes::Bytes;
 
-use super::{Slots, plan::Plan};
+use super::{
+    NO_SLOT,
+    data_key::{About, DataKey},
+    plan::Plan,
+    run::Worker,
+};
 use crate::{
     error::Error,
     keys::{KeyId, KeyVersionId},
     limits::IV_LEN,
+    memory::Memory,
     request::ALGORITHM,
     request_id::RequestId,
-    secret::{SecretArena, SecretBytes},
+    secret::SecretBytes,
+    wrap::state::Reserved,
 };
 
 /// Consecutive slots whose records have one key version and one length, and where they begin in the arenas.
@@ -30,16 +40,16 @@ pub(crate) struct RunRecord {
 }
 
 impl RunRecord {
-    /// The records of a plan's groups.
-    pub(crate) fn of_plan(plan: &Plan) -> Vec<Self> {
+    /// Writes the records of a plan's groups in place of `runs`.
+    pub(crate) fn of_plan(plan: &Plan, runs: &mut Vec<Self>) {
         let (mut dek_at, mut blob_at) = (0, 0);
-        let mut runs: Vec<Self> = Vec::new();
+        runs.clear();
         for segment in &plan.segments {
             let group = &plan.groups[segment.group];
             let (dek_len, blob_len) = (group.layout.dek_len, group.layout.len());
             let run = Self {
                 first_slot: segment.slots.start,
-                version: group.version.id,
+                version: group.version().id,
                 dek_len,
                 blob_len,
                 dek_at,
@@ -53,7 +63,6 @@ impl RunRecord {
             dek_at += segment.slots.len() * dek_len;
             blob_at += segment.slots.len() * blob_len;
         }
-        runs
     }
 }
 
@@ -72,22 +81,81 @@ fn refusal(refused: &[Error], index: usize) -> &Error {
     &refused[at]
 }
 
+/// The slot of item `index`, unless it was refused. No slots at all mean that each is the index.
+fn slot_of(slots: &[u32], index: usize) -> Option<usize> {
+    match slots.get(index) {
+        None => Some(index),
+        Some(&NO_SLOT) => None,
+        Some(slot) => Some(*slot as usize),
+    }
+}
+
 /// The results of a generating batch, in request order.
 ///
 /// Item *i* answers request *i*: a data key, or the error that refused it. The data keys are wiped when the batch and
-/// every view of it are gone.
+/// every view of it are gone. The memory then goes back to the engine, for its next batch;
+/// [`Engine::generate_data_key_batch_into`](crate::Engine::generate_data_key_batch_into) makes a batch anew in the
+/// same place.
 pub struct DataKeyBatch {
     pub(crate) base: RequestId,
     pub(crate) len: usize,
-    pub(crate) slots: Slots,
+    pub(crate) plaintext: bool,
+    /// Empty if every item is in the slot of its index.
+    pub(crate) slots: Vec<u32>,
     pub(crate) runs: Vec<RunRecord>,
     pub(crate) refused: Vec<Error>,
-    pub(crate) ivs: Bytes,
-    pub(crate) blobs: Bytes,
-    pub(crate) plaintexts: Option<Arc<SecretArena>>,
+    pub(crate) memory: Arc<Memory>,
+    /// The blobs in the form that owned views share, made when the first of them is asked for.
+    pub(crate) blobs: OnceLock<Bytes>,
+    pub(crate) scratch: Scratch,
+}
+
+/// What a batch was made with, for the next one. No key is in it.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    pub(crate) plan: Plan,
+    pub(crate) reserved: Vec<Reserved>,
+    pub(crate) worker: Worker,
+}
+
+impl Default for DataKeyBatch {
+    /// A batch without items, to be filled by a call that makes one in place.
+    fn default() -> Self {
+        Self {
+            base: RequestId::from_random([0; 16]),
+            len: 0,
+            plaintext: false,
+            slots: Vec::new(),
+            runs: Vec::new(),
+            refused: Vec::new(),
+            memory: Arc::new(Memory::empty()),
+            blobs: OnceLock::new(),
+            scratch: Scratch::default(),
+        }
+    }
 }
 
 impl DataKeyBatch {
+    /// A batch without items. The same as [`DataKeyBatch::default`].
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the items out and wipes their keys, unless a view still has them. The memory goes back to the engine.
+    pub fn clear(&mut self) {
+        self.forget_items();
+        self.memory = Arc::new(Memory::empty());
+    }
+
+    /// Takes the items out and leaves the memory as it is.
+    pub(crate) fn forget_items(&mut self) {
+        self.len = 0;
+        self.slots.clear();
+        self.runs.clear();
+        self.refused.clear();
+        self.blobs.take();
+    }
+
     /// Number of items: that of the requests.
     pub fn len(&self) -> usize {
         self.len
@@ -107,7 +175,9 @@ impl DataKeyBatch {
     /// If `index >= self.len()`, as indexing a slice does.
     pub fn get(&self, index: usize) -> Result<DataKeyRef<'_>, &Error> {
         assert!(index < self.len, "item {index} of a batch of {}", self.len);
-        let Some(slot) = self.slots.of(index) else { return Err(refusal(&self.refused, index)) };
+        let Some(slot) = slot_of(&self.slots, index) else {
+            return Err(refusal(&self.refused, index));
+        };
         let (run, nth) = locate(&self.runs, slot);
         Ok(DataKeyRef { batch: self, run, index, slot, nth })
     }
@@ -160,17 +230,17 @@ impl<'a> DataKeyRef<'a> {
 
     /// The IV, which `decrypt` needs.
     pub fn iv(&self) -> &'a [u8; IV_LEN] {
-        self.batch.ivs[self.iv_range()].try_into().expect("IV_LEN")
+        self.batch.memory.columns().ivs[self.iv_range()].try_into().expect("IV_LEN")
     }
 
     /// The data key; `None` from the operations without plaintext.
     pub fn plaintext(&self) -> Option<&'a [u8]> {
-        self.batch.plaintexts.as_ref().map(|arena| &arena.as_slice()[self.dek_range()])
+        self.batch.plaintext.then(|| &self.batch.memory.columns().deks[self.dek_range()])
     }
 
     /// The wrapped data key.
     pub fn ciphertext_blob(&self) -> &'a [u8] {
-        &self.batch.blobs[self.blob_range()]
+        &self.batch.memory.columns().blobs[self.blob_range()]
     }
 
     /// `AES_GCM`.
@@ -183,19 +253,25 @@ impl<'a> DataKeyRef<'a> {
         self.batch.base.item(self.index)
     }
 
-    /// An owned view that shares the batch's memory and keeps it alive.
+    /// An owned view that shares the batch's memory and keeps it alive, at the cost of one small allocation.
     pub fn to_data_key(&self) -> DataKey {
-        DataKey {
-            key_version_id: self.run.version,
-            iv: self.batch.ivs.slice(self.iv_range()),
-            plaintext: self
-                .batch
-                .plaintexts
-                .as_ref()
-                .map(|arena| SecretBytes::view(arena, self.dek_range())),
-            ciphertext_blob: self.batch.blobs.slice(self.blob_range()),
-            request_id: self.request_id(),
-        }
+        let memory = &self.batch.memory;
+        let plaintext = || SecretBytes::view(memory, self.dek_range());
+        let blobs = self.batch.blobs.get_or_init(|| memory.blobs());
+        DataKey::view(
+            self.about(),
+            self.batch.plaintext.then(plaintext),
+            blobs.slice(self.blob_range()),
+        )
+    }
+
+    /// An owned copy in memory of its own.
+    pub fn detach(&self) -> DataKey {
+        DataKey::copy(self.about(), self.plaintext(), self.ciphertext_blob())
+    }
+
+    fn about(&self) -> About {
+        About { key_version_id: self.run.version, iv: *self.iv(), request_id: self.request_id() }
     }
 
     fn iv_range(&self) -> Range<usize> {
@@ -222,84 +298,17 @@ impl std::fmt::Debug for DataKeyRef<'_> {
     }
 }
 
-/// A data key, owned: the result of a single call, or an owned view of a batch.
-#[derive(Clone)]
-pub struct DataKey {
-    pub(crate) key_version_id: KeyVersionId,
-    pub(crate) iv: Bytes,
-    pub(crate) plaintext: Option<SecretBytes>,
-    pub(crate) ciphertext_blob: Bytes,
-    pub(crate) request_id: RequestId,
-}
-
-impl DataKey {
-    /// The KEK's id, also if the request named an alias.
-    pub fn key_id(&self) -> KeyId {
-        self.key_version_id.key_id()
-    }
-
-    /// The key version that wraps.
-    pub fn key_version_id(&self) -> KeyVersionId {
-        self.key_version_id
-    }
-
-    /// The 12-byte IV, which `decrypt` needs.
-    pub fn iv(&self) -> &Bytes {
-        &self.iv
-    }
-
-    /// The data key; `None` from the operations without plaintext.
-    pub fn plaintext(&self) -> Option<&SecretBytes> {
-        self.plaintext.as_ref()
-    }
-
-    /// The wrapped data key.
-    pub fn ciphertext_blob(&self) -> &Bytes {
-        &self.ciphertext_blob
-    }
-
-    /// `AES_GCM`.
-    pub fn algorithm(&self) -> &'static str {
-        ALGORITHM
-    }
-
-    /// The id of the request.
-    pub fn request_id(&self) -> RequestId {
-        self.request_id
-    }
-
-    /// A copy in memory of its own, so that a key kept for long does not keep its batch.
-    #[must_use]
-    pub fn detach(&self) -> Self {
-        Self {
-            iv: Bytes::copy_from_slice(&self.iv),
-            plaintext: self.plaintext.as_ref().map(SecretBytes::detach),
-            ciphertext_blob: Bytes::copy_from_slice(&self.ciphertext_blob),
-            ..*self
-        }
-    }
-}
-
-impl std::fmt::Debug for DataKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DataKey")
-            .field("key_version_id", &self.key_version_id)
-            .field("plaintext", &self.plaintext)
-            .field("request_id", &self.request_id)
-            .finish_non_exhaustive()
-    }
-}
-
 /// The results of a decrypting batch, in request order.
 ///
 /// The plaintexts are wiped when the batch and every view of it are gone.
 pub struct DecryptedBatch {
     pub(crate) base: RequestId,
     pub(crate) len: usize,
-    pub(crate) slots: Slots,
+    /// Empty if every item is in the slot of its index.
+    pub(crate) slots: Vec<u32>,
     pub(crate) runs: Vec<RunRecord>,
     pub(crate) refused: Vec<Error>,
-    pub(crate) plaintexts: Arc<SecretArena>,
+    pub(crate) memory: Arc<Memory>,
 }
 
 impl DecryptedBatch {
@@ -322,7 +331,9 @@ impl DecryptedBatch {
     /// If `index >= self.len()`, as indexing a slice does.
     pub fn get(&self, index: usize) -> Result<DecryptedRef<'_>, &Error> {
         assert!(index < self.len, "item {index} of a batch of {}", self.len);
-        let Some(slot) = self.slots.of(index) else { return Err(refusal(&self.refused, index)) };
+        let Some(slot) = slot_of(&self.slots, index) else {
+            return Err(refusal(&self.refused, index));
+        };
         let (run, nth) = locate(&self.runs, slot);
         Ok(DecryptedRef { batch: self, run, index, nth })
     }
@@ -374,7 +385,7 @@ impl<'a> DecryptedRef<'a> {
 
     /// The data key.
     pub fn plaintext(&self) -> &'a [u8] {
-        &self.batch.plaintexts.as_slice()[self.range()]
+        &self.batch.memory.columns().deks[self.range()]
     }
 
     /// `AES_GCM`.
@@ -391,7 +402,7 @@ impl<'a> DecryptedRef<'a> {
     pub fn to_decrypted(&self) -> Decrypted {
         Decrypted {
             key_version_id: self.run.version,
-            plaintext: SecretBytes::view(&self.batch.plaintexts, self.range()),
+            plaintext: SecretBytes::view(&self.batch.memory, self.range()),
             request_id: self.request_id(),
         }
     }

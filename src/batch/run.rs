@@ -1,20 +1,25 @@
 //! Running a generating batch: each chunk fills its DEKs and seals them, in parallel, in the result's memory.
 //!
 //! Everything that can fail has failed before: leases, salts, seed and memory are at hand, and nothing here returns an
-//! error.
+//! error. Whoever works on chunks keeps a [`Worker`] with the memory that they need, so that a chunk allocates nothing;
+//! AADs and keys go to the kernel by the [`Block`], from arrays on the stack.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use zeroize::{Zeroizing, zeroize_stack};
+use zeroize::{Zeroize, Zeroizing, zeroize_stack};
 
-use super::plan::{Chunk, Plan, Segment, Source};
+use super::{
+    Aads,
+    fan_out::{FanOut, in_parts},
+    plan::{Chunk, Plan, Segment, Source},
+};
 use crate::{
     cpu::Tier,
     kernel::{self, Iv, KeyRef, Keys},
     keys::ring::KeyVersion,
-    limits::{FAN_OUT_ITEMS_MIN, IV_LEN, SALT_LEN},
-    request::GenerateDataKeyRequest,
-    rng,
+    limits::{BLOCK_ITEMS, CHUNK_ITEMS_MAX, IV_LEN, SALT_LEN, SHORT_RUN},
+    memory::Columns,
+    rng::{self, ChunkStart},
     secret::Seed,
     wrap::{
         Wrapper,
@@ -25,67 +30,22 @@ use crate::{
     },
 };
 
-/// Where a batch's chunks run.
-#[derive(Clone, Copy)]
-pub(crate) enum FanOut<'a> {
-    /// On the caller's thread.
-    Caller,
-    /// On rayon's global pool.
-    Global,
-    /// On this pool.
-    Own(&'a rayon::ThreadPool),
-}
-
-impl FanOut<'_> {
-    /// Does `work` for each of `jobs`, which stand for `item_count` items, in parallel where that pays.
-    ///
-    /// The caller works too, and takes jobs from the front while the pool's threads wake up, which may last longer
-    /// than a small batch: one that nobody comes to help with is made as if there were no pool.
-    pub(crate) fn for_each<J: Send>(
-        self,
-        item_count: usize,
-        jobs: Vec<J>,
-        work: impl Fn(J) + Send + Sync,
-    ) {
-        let threads = match self {
-            Self::Caller => 1,
-            Self::Global => rayon::current_num_threads(),
-            Self::Own(pool) => pool.current_num_threads(),
-        };
-        let helpers = if item_count >= FAN_OUT_ITEMS_MIN { threads.min(jobs.len()) } else { 1 } - 1;
-        let jobs = Mutex::new(jobs.into_iter());
-        let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
-        let drain = || {
-            while let Some(job) = next() {
-                work(job);
-            }
-        };
-        match self {
-            _ if helpers == 0 => drain(),
-            Self::Own(pool) => pool.in_place_scope(|scope| with_help(scope, helpers, &drain)),
-            Self::Global | Self::Caller => {
-                rayon::in_place_scope(|scope| with_help(scope, helpers, &drain));
-            }
-        }
-    }
-}
-
-/// Does `work` here and on `helpers` threads of the scope's pool.
-fn with_help<'s>(scope: &rayon::Scope<'s>, helpers: usize, work: &'s (dyn Fn() + Sync)) {
-    for _ in 0..helpers {
-        scope.spawn(move |_| work());
-    }
-    work();
-}
-
 /// What every chunk of a batch needs.
 pub(crate) struct Job<'a> {
     pub(crate) tier: Tier,
     pub(crate) seed: &'a Seed,
     pub(crate) plan: &'a Plan,
-    pub(crate) requests: &'a [GenerateDataKeyRequest<'a>],
+    pub(crate) aads: Aads<'a>,
     /// For each of the plan's `state_needs`.
     pub(crate) reserved: &'a [Reserved],
+}
+
+/// Memory of whoever works on chunks. Between chunks no key is in it.
+#[derive(Default)]
+pub(crate) struct Worker {
+    derived: DerivedKeys,
+    /// DEKs that nobody asked for.
+    deks: Zeroizing<Vec<u8>>,
 }
 
 impl Job<'_> {
@@ -94,153 +54,311 @@ impl Job<'_> {
     }
 }
 
-/// The memory that a batch writes.
-pub(crate) struct Columns<'a> {
+/// One chunk with its own part of every column.
+struct ChunkJob<'a> {
+    number: u64,
+    chunk: &'a Chunk,
     /// `None` for the operations without plaintext.
-    pub(crate) deks: Option<&'a mut [u8]>,
-    pub(crate) ivs: &'a mut [u8],
-    pub(crate) blobs: &'a mut [u8],
+    deks: Option<&'a mut [u8]>,
+    ivs: &'a mut [u8],
+    blobs: &'a mut [u8],
 }
 
-/// Generates and wraps every data key of the plan.
-pub(crate) fn run(job: &Job<'_>, columns: Columns<'_>, fan_out: FanOut<'_>) {
-    let work = cut(job.plan, columns);
-    fan_out.for_each(job.plan.slot_count, work, |(number, chunk, columns)| {
-        run_chunk(job, number, chunk, columns);
-        zeroize_stack::<{ kernel::STACK_LEN }>();
-    });
-}
-
-/// Each chunk with its own part of every column.
-fn cut<'a>(plan: &'a Plan, columns: Columns<'a>) -> Vec<(u64, &'a Chunk, Columns<'a>)> {
-    let Columns { mut deks, mut ivs, mut blobs } = columns;
-    let cut_one = |(number, chunk): (u64, &'a Chunk)| {
-        let columns = Columns {
-            deks: deks.as_mut().map(|deks| split_off(deks, chunk.dek_len)),
-            ivs: split_off(&mut ivs, chunk.slots.len() * IV_LEN),
-            blobs: split_off(&mut blobs, chunk.blob_len),
-        };
-        (number, chunk, columns)
+/// Generates and wraps every data key of the plan, on the caller's thread with `own`.
+pub(crate) fn run(job: &Job<'_>, columns: &mut Columns, own: &mut Worker, fan_out: FanOut<'_>) {
+    let plan = job.plan;
+    let mut deks = (!columns.deks.is_empty()).then_some(&mut columns.deks[..]);
+    let (mut ivs, mut blobs) = (&mut columns.ivs[..], &mut columns.blobs[..]);
+    let mut number = 0;
+    let part = |chunks| {
+        let part = Part::split_off(number, chunks, &mut deks, &mut ivs, &mut blobs);
+        number += chunks.len() as u64;
+        part
     };
-    (0..).zip(&plan.chunks).map(cut_one).collect()
+    let helpers = fan_out.helpers(plan.slot_count(), plan.chunks.len());
+    let parts = in_parts(&plan.chunks, 1 + helpers).map(part);
+    fan_out.for_each(parts, own, |worker, chunk| run_chunk(job, worker, chunk));
+}
+
+/// Consecutive chunks with their part of every column.
+struct Part<'a> {
+    /// The number of the first chunk.
+    number: u64,
+    chunks: std::slice::Iter<'a, Chunk>,
+    deks: Option<&'a mut [u8]>,
+    ivs: &'a mut [u8],
+    blobs: &'a mut [u8],
+}
+
+impl<'a> Part<'a> {
+    /// Takes the part of `chunks` off the columns.
+    fn split_off(
+        number: u64,
+        chunks: &'a [Chunk],
+        deks: &mut Option<&'a mut [u8]>,
+        ivs: &mut &'a mut [u8],
+        blobs: &mut &'a mut [u8],
+    ) -> Self {
+        let sum = |of: fn(&Chunk) -> usize| chunks.iter().map(of).sum();
+        Self {
+            number,
+            deks: deks.as_mut().map(|deks| split_off(deks, sum(|chunk| chunk.dek_len))),
+            ivs: split_off(ivs, sum(|chunk| chunk.slots.len() * IV_LEN)),
+            blobs: split_off(blobs, sum(|chunk| chunk.blob_len)),
+            chunks: chunks.iter(),
+        }
+    }
+}
+
+impl<'a> Iterator for Part<'a> {
+    type Item = ChunkJob<'a>;
+
+    fn next(&mut self) -> Option<ChunkJob<'a>> {
+        let chunk = self.chunks.next()?;
+        let number = self.number;
+        self.number += 1;
+        Some(ChunkJob {
+            number,
+            chunk,
+            deks: self.deks.as_mut().map(|deks| split_off(deks, chunk.dek_len)),
+            ivs: split_off(&mut self.ivs, chunk.slots.len() * IV_LEN),
+            blobs: split_off(&mut self.blobs, chunk.blob_len),
+        })
+    }
 }
 
 fn split_off<'a>(column: &mut &'a mut [u8], len: usize) -> &'a mut [u8] {
     column.split_off_mut(..len).expect("the chunks' lengths add up to the column's")
 }
 
-/// In a frame of its own, so that the whole of it can be overwritten afterwards.
+/// Makes a chunk. What goes to the kernel by the block lies in this frame and holds no secret, so that the frames of
+/// the kernels begin right below and can be overwritten from here.
 #[inline(never)]
-fn run_chunk(job: &Job<'_>, number: u64, chunk: &Chunk, columns: Columns<'_>) {
-    let start = rng::chunk_start(job.tier, job.seed, number);
-    let mut scratch = Zeroizing::new(Vec::new());
-    let deks = match columns.deks {
+fn run_chunk(job: &Job<'_>, worker: &mut Worker, chunk: ChunkJob<'_>) {
+    let ChunkJob { number, chunk, deks, mut ivs, mut blobs } = chunk;
+    let Worker { derived, deks: unasked } = worker;
+    let deks = match deks {
         Some(deks) => deks,
         None => {
-            scratch.resize(chunk.dek_len, 0);
-            &mut scratch[..]
+            unasked.resize(chunk.dek_len, 0);
+            &mut unasked[..]
         }
     };
-    rng::chunk_deks(job.tier, job.seed, number, deks);
+    let start = rng::chunk(job.tier, job.seed, number, deks);
 
     let segments = &job.plan.segments[chunk.segments.clone()];
-    let derived = Derived::new(job, segments, &start);
-    let same_layout = |a: &Segment, b: &Segment| job.layout(a) == job.layout(b);
-    let (mut deks, mut ivs, mut blobs) = (&*deks, columns.ivs, columns.blobs);
-    for run in segments.chunk_by(same_layout) {
-        let layout = job.layout(&run[0]);
-        let slots = run[0].slots.start..run[run.len() - 1].slots.end;
-        let count = slots.len();
-        let run_ivs = split_off(&mut ivs, count * IV_LEN).as_chunks_mut::<IV_LEN>().0;
-        let run_blobs = split_off(&mut blobs, count * layout.len());
-        let run_deks = deks.split_off(..count * layout.dek_len).expect("as in split_off");
-        let mut keys = Vec::new();
+    let keys = ChunkKeys::derive(job, segments, &start, derived);
+    let mut block = Block::new(keys.of(&segments[0], 0).key);
+    let mut rest = &*deks;
+    let together = |a: &Segment, b: &Segment| {
+        let short = |segment: &Segment| segment.slots.len() < ONE_KEY_MIN;
+        short(a) && short(b) && job.layout(a) == job.layout(b)
+    };
+    for segments in segments.chunk_by(together) {
+        let layout = job.layout(&segments[0]);
+        let first_slot = segments[0].slots.start;
+        let count = segments[segments.len() - 1].slots.end - first_slot;
+        let run = Run {
+            segments,
+            layout,
+            first_slot,
+            place: first_slot - chunk.slots.start,
+            ivs: split_off(&mut ivs, count * IV_LEN).as_chunks_mut::<IV_LEN>().0,
+            blobs: split_off(&mut blobs, count * layout.len()),
+            deks: rest.split_off(..count * layout.dek_len).expect("as in split_off"),
+        };
+        run.seal(job, &keys, &mut block);
+    }
+    zeroize_stack::<{ kernel::STACK_LEN }>();
+    derived.clear();
+    if !unasked.is_empty() {
+        unasked.as_mut_slice().zeroize();
+        unasked.clear();
+    }
+}
 
-        let (mut ivs, mut heads) = (&mut run_ivs[..], run_blobs.chunks_exact_mut(layout.len()));
-        for segment in run {
+/// What goes to the kernel with the messages of one call.
+struct Block<'a> {
+    aads: [&'a [u8]; BLOCK_ITEMS],
+    keys: [KeyRef<'a>; BLOCK_ITEMS],
+}
+
+impl<'a> Block<'a> {
+    fn new(key: KeyRef<'a>) -> Self {
+        Self { aads: [&[]; BLOCK_ITEMS], keys: [key; BLOCK_ITEMS] }
+    }
+}
+
+/// A segment of so many items goes to the kernel by itself: one key for all messages takes less time than a key for
+/// each, and less than that of a further call from here on.
+const ONE_KEY_MIN: usize = 12;
+
+/// Consecutive segments of one layout, with their parts of the columns.
+struct Run<'a> {
+    segments: &'a [Segment],
+    layout: Layout,
+    first_slot: usize,
+    /// Items of the chunk before the run.
+    place: usize,
+    ivs: &'a mut [Iv],
+    blobs: &'a mut [u8],
+    deks: &'a [u8],
+}
+
+impl Run<'_> {
+    fn seal<'a>(self, job: &Job<'a>, keys: &ChunkKeys<'a>, block: &mut Block<'a>) {
+        let Run { segments, layout, first_slot, place, ivs, blobs, deks } = self;
+        let sealing =
+            |segment: &Segment| keys.of(segment, place + segment.slots.start - first_slot);
+        let (mut rest_ivs, mut rest_blobs) = (&mut ivs[..], &mut blobs[..]);
+        let mut only_key = None;
+        for segment in segments {
+            let Sealing { key, salt, first_iv, version } = sealing(segment);
+            only_key = (segments.len() == 1).then_some(key);
             let count = segment.slots.len();
-            let place = (segment.slots.start - chunk.slots.start) as u64;
-            let (key, salt, first_iv) = source(job, segment, &start, place, &derived);
-            let version = &job.plan.groups[segment.group].version.id;
-            let segment_ivs = ivs.split_off_mut(..count).expect("as in split_off");
-            count_up(segment_ivs, &first_iv);
-            // The IVs first: a zip that ends with them takes no blob of the next segment.
-            for (iv, blob) in segment_ivs.iter().zip(&mut heads) {
-                layout.write_head(blob, version.as_bytes(), iv, &salt);
-            }
-            keys.resize(keys.len() + if run.len() == 1 { 1 } else { count }, key);
+            let ivs = rest_ivs.split_off_mut(..count).expect("as in split_off");
+            count_up(ivs, &first_iv);
+            let blobs = split_off(&mut rest_blobs, count * layout.len());
+            layout.write_heads(blobs, version.id.as_bytes(), ivs, &salt);
         }
-        let aads: Vec<_> = slots.map(|slot| job.requests[job.plan.item(slot)].aad).collect();
-        kernel::seal_many(kernel::Seal {
-            keys: if run.len() == 1 { Keys::One(keys[0]) } else { Keys::Each(&keys) },
-            ivs: run_ivs,
-            aads: &aads,
-            len: layout.dek_len,
-            plaintexts: run_deks,
-            out: run_blobs,
-            stride: layout.len(),
-            offset: layout.ciphertext_at(),
-        });
+        let mut each = segments
+            .iter()
+            .flat_map(|segment| std::iter::repeat_n(sealing(segment).key, segment.slots.len()));
+        let blocks = ivs
+            .chunks(BLOCK_ITEMS)
+            .zip(blobs.chunks_mut(BLOCK_ITEMS * layout.len()))
+            .zip(deks.chunks(BLOCK_ITEMS * layout.dek_len));
+        for (((ivs, out), plaintexts), slot) in blocks.zip((first_slot..).step_by(BLOCK_ITEMS)) {
+            let keys = match only_key {
+                Some(key) => Keys::One(key),
+                None => {
+                    let keys = &mut block.keys[..ivs.len()];
+                    // The places first: a zip that ends with them takes no key of the next block.
+                    for (place, key) in keys.iter_mut().zip(&mut each) {
+                        *place = key;
+                    }
+                    Keys::Each(keys)
+                }
+            };
+            let aads = &mut block.aads[..ivs.len()];
+            job.copy_aads(slot, aads);
+            kernel::seal_many(kernel::Seal {
+                keys,
+                ivs,
+                aads,
+                len: layout.dek_len,
+                plaintexts,
+                out,
+                stride: layout.len(),
+                offset: layout.ciphertext_at(),
+            });
+        }
     }
 }
 
-/// The keys that a chunk derives with its salt, one for each `Derived` version that has a long run in it.
-struct Derived<'a> {
-    versions: Vec<&'a Arc<KeyVersion>>,
-    keys: DerivedKeys,
+impl<'a> Job<'a> {
+    /// The AADs of the items in the slots from `first` on.
+    fn copy_aads(&self, first: usize, out: &mut [&'a [u8]]) {
+        match (self.aads, self.plan.items()) {
+            (Aads::Source(source), None) => source.copy_to(first, out),
+            (Aads::Source(source), Some(items)) => {
+                for (out, item) in out.iter_mut().zip(&items[first..]) {
+                    *out = source.aad(*item as usize);
+                }
+            }
+            (Aads::Requests(requests), None) => {
+                for (out, request) in out.iter_mut().zip(&requests[first..]) {
+                    *out = request.aad;
+                }
+            }
+            (Aads::Requests(requests), Some(items)) => {
+                for (out, item) in out.iter_mut().zip(&items[first..]) {
+                    *out = requests[*item as usize].aad;
+                }
+            }
+        }
+    }
 }
 
-impl<'a> Derived<'a> {
-    fn new(job: &'a Job<'_>, segments: &[Segment], start: &rng::ChunkStart) -> Self {
-        let mut versions: Vec<&Arc<KeyVersion>> = Vec::new();
-        let mut derivations = Vec::new();
+/// What a segment is sealed with.
+struct Sealing<'a> {
+    key: KeyRef<'a>,
+    salt: [u8; SALT_LEN],
+    first_iv: Iv,
+    version: &'a KeyVersion,
+}
+
+/// Most long runs in a chunk, and so most keys that it derives.
+const LONG_RUNS_MAX: usize = CHUNK_ITEMS_MAX / SHORT_RUN;
+
+/// The keys of a chunk: those that it derives with its salt, one for each `Derived` version that has a long run in it,
+/// and those that were there before.
+struct ChunkKeys<'a> {
+    job: &'a Job<'a>,
+    start: ChunkStart,
+    versions: [Option<&'a Arc<KeyVersion>>; LONG_RUNS_MAX],
+    derived: &'a DerivedKeys,
+}
+
+impl<'a> ChunkKeys<'a> {
+    fn derive(
+        job: &'a Job<'a>,
+        segments: &[Segment],
+        start: &ChunkStart,
+        derived: &'a mut DerivedKeys,
+    ) -> Self {
+        let mut versions = [None; LONG_RUNS_MAX];
+        let mut count = 0;
         for segment in segments.iter().filter(|segment| segment.source == Source::Chunk) {
-            let version = &job.plan.groups[segment.group].version;
-            if let Wrapper::Derived { root, .. } = &version.wrapper
-                && !versions.iter().any(|known| Arc::ptr_eq(known, version))
-            {
-                versions.push(version);
-                derivations.push(Derivation { root, salt: start.salt });
+            let version = job.plan.groups[segment.group].version();
+            if place_of(&versions, version).is_none() {
+                versions[count] = Some(version);
+                count += 1;
             }
         }
-        let mut keys = DerivedKeys::new();
-        keys.derive_many(&derivations);
-        Self { versions, keys }
+        let derivation =
+            |version: &Option<&'a Arc<KeyVersion>>| match version.map(|version| &version.wrapper) {
+                Some(Wrapper::Derived { root, .. }) => Derivation { root, salt: start.salt },
+                _ => unreachable!("only Derived versions have such runs"),
+            };
+        derived.derive_many(versions[..count].iter().map(derivation));
+        Self { job, start: *start, versions, derived }
     }
 
-    /// The key of `version`. Runs of one version under one salt share it; their IVs differ by their places.
-    fn of(&self, version: &Arc<KeyVersion>) -> KeyRef<'_> {
-        let at = self.versions.iter().position(|known| Arc::ptr_eq(known, version));
-        self.keys.key(at.expect("every version with a long run was derived"))
+    /// What seals a segment that begins `place` items into its chunk. Runs of one version under one salt share the key;
+    /// their IVs differ by their places.
+    fn of(&self, segment: &Segment, place: usize) -> Sealing<'a> {
+        let version = self.job.plan.groups[segment.group].version();
+        let start = &self.start;
+        let (key, salt, first_iv) = match (&version.wrapper, segment.source) {
+            (Wrapper::Direct(key), _) => {
+                (key.key(), [0; SALT_LEN], iv_plus(&start.iv, place as u64))
+            }
+            (Wrapper::Derived { .. }, Source::State { need, first }) => {
+                let reserved = &self.job.reserved[need];
+                (reserved.key.key(), reserved.salt, iv_plus(&reserved.first_iv, first))
+            }
+            (Wrapper::Derived { .. }, Source::Chunk | Source::Version) => {
+                let at = place_of(&self.versions, version);
+                let key = self.derived.key(at.expect("every version with a long run was derived"));
+                (key, start.salt, iv_plus(&start.iv, place as u64))
+            }
+        };
+        Sealing { key, salt, first_iv, version }
     }
 }
 
-/// The wrapping key, salt and first IV of a segment that begins `place` items into its chunk.
-fn source<'a>(
-    job: &'a Job<'_>,
-    segment: &Segment,
-    start: &rng::ChunkStart,
-    place: u64,
-    derived: &'a Derived<'_>,
-) -> (KeyRef<'a>, [u8; SALT_LEN], Iv) {
-    let version = &job.plan.groups[segment.group].version;
-    match (&version.wrapper, segment.source) {
-        (Wrapper::Direct(key), _) => (key.key(), [0; SALT_LEN], iv_plus(&start.iv, place)),
-        (Wrapper::Derived { .. }, Source::State { need, first }) => {
-            let reserved = &job.reserved[need];
-            (reserved.key.key(), reserved.salt, iv_plus(&reserved.first_iv, first))
-        }
-        (Wrapper::Derived { .. }, Source::Chunk | Source::Version) => {
-            (derived.of(version), start.salt, iv_plus(&start.iv, place))
-        }
-    }
+fn place_of(versions: &[Option<&Arc<KeyVersion>>], version: &Arc<KeyVersion>) -> Option<usize> {
+    versions.iter().position(|known| known.is_some_and(|known| Arc::ptr_eq(known, version)))
 }
 
 /// Writes `first`, `first + 1`, ... modulo 2^96.
 fn count_up(ivs: &mut [Iv], first: &Iv) {
-    let mut next = *first;
+    let mut wide = [0; 16];
+    wide[4..].copy_from_slice(first);
+    let mut next = u128::from_be_bytes(wide);
     for iv in ivs {
-        *iv = next;
-        next = iv_plus(&next, 1);
+        iv.copy_from_slice(&next.to_be_bytes()[4..]);
+        next = next.wrapping_add(1);
     }
 }

@@ -6,7 +6,7 @@ use super::{Clock, Config, Engine};
 use crate::{
     cpu::Tier,
     error::{Error, Result},
-    limits::{LEASE_MAX, WRAPS_PER_VERSION_MAX},
+    limits::{LEASE_MAX, RECYCLED_BYTES_DEFAULT, WRAPS_PER_VERSION_MAX},
     rng::Rng,
     store::{KeyStore, MemoryStore, RootKey, SqliteStore},
 };
@@ -19,6 +19,7 @@ pub struct EngineBuilder {
     lease_max: u64,
     initial_spent: u64,
     due_work: DueWork,
+    recycled_bytes_max: usize,
     tier: Option<Tier>,
 }
 
@@ -40,6 +41,7 @@ impl Default for EngineBuilder {
             lease_max: LEASE_MAX,
             initial_spent: 0,
             due_work: DueWork::ByItself,
+            recycled_bytes_max: RECYCLED_BYTES_DEFAULT,
             tier: None,
         }
     }
@@ -56,6 +58,9 @@ impl std::fmt::Debug for EngineBuilder {
 
 impl EngineBuilder {
     /// Runs large batches on this pool instead of rayon's global one.
+    ///
+    /// A batch waits until threads of the pool are free to help with it: where the global pool is busy for long with
+    /// other work, an engine should have its own.
     ///
     /// Needed in a forked child whose parent had started rayon's global pool before any engine: that pool has no
     /// workers in the child, and nothing tells. (A child of a process with engines works on the caller's thread.)
@@ -80,6 +85,13 @@ impl EngineBuilder {
     /// is the default. A crash wastes what is leased; 0 asks the store in every call.
     pub fn lease_max(mut self, wraps: u64) -> Self {
         self.lease_max = wraps.min(LEASE_MAX);
+        self
+    }
+
+    /// Most bytes of memory that the engine keeps from batches that are gone, zeroed, for the next ones: 128 MiB unless
+    /// set, which is a million results; 0 keeps none. New memory costs more than what is written into it.
+    pub fn recycled_bytes_max(mut self, bytes: usize) -> Self {
+        self.recycled_bytes_max = bytes;
         self
     }
 
@@ -152,7 +164,8 @@ impl EngineBuilder {
     }
 
     fn start(self, store: Box<dyn KeyStore>, rng: Rng, tier: Tier) -> Result<Engine> {
-        let Self { clock, pool, lease_max, initial_spent, due_work, tier: _ } = self;
+        let Self { clock, pool, lease_max, initial_spent, due_work, recycled_bytes_max, tier: _ } =
+            self;
         if pool.as_ref().is_some_and(|pool| pool.current_num_threads() == 0) {
             return Err(Error::invalid("The thread pool has no threads."));
         }
@@ -162,7 +175,15 @@ impl EngineBuilder {
             true => Box::new(SystemTime::now),
             false => Box::new(|| SystemTime::UNIX_EPOCH),
         });
-        let config = Config { clock, pool, lease_max, initial_spent, due_work, background };
+        let config = Config {
+            clock,
+            pool,
+            lease_max,
+            initial_spent,
+            due_work,
+            recycled_bytes_max,
+            background,
+        };
         Engine::start(store, rng, tier, config)
     }
 }

@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use zeroize::Zeroizing;
-
 use super::{Engine, Shared};
 use crate::{
     batch::{
         check_item_count,
-        open::{self, OpenPlan, Reading},
+        open::{self, Item, OpenPlan, Opened, Reading, Resolver, Summary},
         result::{Decrypted, DecryptedBatch},
     },
     error::{Error, Result},
+    keys::ring::Ring,
+    memory::{ColumnLens, Memory},
     request::DecryptRequest,
     secret::SecretBytes,
 };
@@ -74,21 +74,28 @@ impl Engine {
 
 impl Shared {
     fn decrypt_one(&self, request: &DecryptRequest<'_>, reading: Reading) -> Result<Decrypted> {
-        let mut ring = self.ring.load_full();
-        if open::wants_newer_ring(request, &ring, reading) {
+        let ring = self.ring.load();
+        let mut resolver = Resolver::new(&ring, reading);
+        let mut items = Vec::with_capacity(1);
+        let found = resolver.resolve(request, 0, &mut items);
+        if resolver.take_missed() {
             self.refresh_if_changed()?;
-            ring = self.ring.load_full();
+            let ring = self.ring.load();
+            let mut items = Vec::with_capacity(1);
+            Resolver::new(&ring, reading).resolve(request, 0, &mut items)?;
+            return self.open_one(&items[0]);
         }
-        let item = open::resolve(request, 0, &ring, reading)?;
-        let mut plaintext = Zeroizing::new(vec![0; item.dek_len]);
-        if !item.open(&mut plaintext) {
+        found?;
+        self.open_one(&items[0])
+    }
+
+    fn open_one(&self, item: &Item<'_>) -> Result<Decrypted> {
+        let mut plaintext = SecretBytes::from_vec(vec![0; item.dek_len()]);
+        if !item.open(plaintext.expose_mut().expect("in memory of its own")) {
             return Err(open::failed());
         }
-        Ok(Decrypted {
-            key_version_id: item.version.id,
-            plaintext: SecretBytes::from_vec(std::mem::take(&mut *plaintext)),
-            request_id: self.new_request_id()?,
-        })
+        let (key_version_id, request_id) = (item.version.id, self.new_request_id()?);
+        Ok(Decrypted { key_version_id, plaintext, request_id })
     }
 
     fn decrypt_many(
@@ -96,39 +103,76 @@ impl Shared {
         requests: &[DecryptRequest<'_>],
         reading: Reading,
     ) -> Result<DecryptedBatch> {
-        let base = self.new_request_id()?;
-        let mut ring = self.ring.load_full();
+        let ring = self.ring.load_full();
+        let resolved = resolve_all(requests, &ring, reading, None);
+        if !resolved.missed {
+            return self.open_all(requests.len(), resolved);
+        }
         // A store that cannot be asked refuses the items that need it, not their neighbours.
-        let mut unasked = None;
-        if requests.iter().any(|request| open::wants_newer_ring(request, &ring, reading)) {
-            unasked = self.refresh_if_changed().err();
-            ring = self.ring.load_full();
+        let unasked = self.refresh_if_changed().err();
+        let newer = self.ring.load_full();
+        if unasked.is_none() && newer.changes == ring.changes {
+            return self.open_all(requests.len(), resolved);
         }
-        let resolve = |index, request| match &unasked {
-            Some(error) if open::wants_newer_ring(request, &ring, reading) => Err(error.clone()),
-            _ => open::resolve(request, index, &ring, reading),
-        };
-        let mut items = Vec::with_capacity(requests.len());
-        let mut refused = Vec::new();
-        for (index, request) in requests.iter().enumerate() {
-            match resolve(index, request) {
-                Ok(item) => items.push(item),
-                Err(error) => refused.push(error.with_index(index)),
-            }
-        }
-        let plan = OpenPlan::new(items, requests.len())?;
-        let (arena, slots, runs, refused) = plan.run(self.fan_out(), refused)?;
+        let resolved = resolve_all(requests, &newer, reading, unasked.as_ref());
+        self.open_all(requests.len(), resolved)
+    }
+
+    fn open_all(&self, item_count: usize, resolved: Resolved<'_>) -> Result<DecryptedBatch> {
+        let base = self.new_request_id()?;
+        let plan = OpenPlan::new(resolved.items, item_count, resolved.summary)?;
+        let lens = ColumnLens { deks: plan.dek_len(), ..ColumnLens::default() };
+        let mut memory = Memory::take(&self.recycler(), lens)?;
+        let deks = &mut memory.columns_mut().deks;
+        let Opened { slots, runs, refused } = plan.run(self.fan_out(), deks, resolved.refused);
         let name = |error: Error| {
             let id = base.item(error.index().expect("refused items have an index"));
             error.with_request_id(id)
         };
-        Ok(DecryptedBatch {
-            base,
-            len: requests.len(),
-            slots,
-            runs,
-            refused: refused.into_iter().map(name).collect(),
-            plaintexts: Arc::new(arena),
-        })
+        let refused = refused.into_iter().map(name).collect();
+        let memory = Arc::new(memory);
+        Ok(DecryptedBatch { base, len: item_count, slots, runs, refused, memory })
     }
+}
+
+/// A batch whose keys are found.
+struct Resolved<'a> {
+    items: Vec<Item<'a>>,
+    refused: Vec<Error>,
+    summary: Summary,
+    /// Whether a newer ring may know more.
+    missed: bool,
+}
+
+/// Finds the key of every request. `unasked` refuses those that ask for what the ring does not have.
+fn resolve_all<'a>(
+    requests: &[DecryptRequest<'a>],
+    ring: &'a Ring,
+    reading: Reading,
+    unasked: Option<&Error>,
+) -> Resolved<'a> {
+    let mut resolved = Resolved {
+        items: Vec::with_capacity(requests.len()),
+        refused: Vec::new(),
+        summary: Summary::default(),
+        missed: false,
+    };
+    let mut resolver = Resolver::new(ring, reading);
+    for (index, request) in requests.iter().enumerate() {
+        let before = resolved.items.len();
+        let mut found = resolver.resolve(request, index, &mut resolved.items);
+        if resolver.take_missed() {
+            resolved.missed = true;
+            if let Some(error) = unasked {
+                // Its part in the summary stays: more memory than needed, and a pass that is not.
+                resolved.items.truncate(before);
+                found = Err(error.clone());
+            }
+        }
+        if let Err(error) = found {
+            resolved.refused.push(error.with_index(index));
+        }
+    }
+    resolved.summary = resolver.summary();
+    resolved
 }

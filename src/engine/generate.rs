@@ -1,94 +1,34 @@
-//! The four operations that generate data keys, single and in batches.
+//! Batches of the four operations that generate data keys: of request structs, or of one key and one length.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
-use bytes::Bytes;
-use zeroize::zeroize_stack;
-
-use super::{Engine, Shared, wraps};
+use super::{Engine, Shared, single::ATTEMPTS, wraps};
 use crate::{
     batch::{
-        Operation, check_item_count,
-        plan::{Groups, Plan, Shortfall},
-        result::{DataKey, DataKeyBatch, RunRecord},
-        run::{self, Columns},
+        Aads, check_item_count,
+        plan::{Plan, Shortfall},
+        result::{DataKeyBatch, RunRecord, Scratch},
+        run,
     },
     error::{Error, Result},
-    kernel::{self, Keys},
-    keys::ring::{Key, KeyVersion, Ring},
-    limits::{IV_LEN, OS_SEED_ITEMS_MIN, SALT_LEN},
+    keys::KeyHandle,
+    limits::{AAD_LEN_MAX, OS_SEED_ITEMS_MIN},
+    memory::Memory,
     os,
-    request::GenerateDataKeyRequest,
-    request_id::RequestId,
-    secret::{SecretArena, SecretBytes, zeroed},
-    wrap::{
-        Wrapper,
-        blob::{Form, Layout},
-    },
+    request::{GenerateDataKeyRequest, Operation, aads::AadSource, check_number_of_bytes},
+    wrap::{Wrapper, blob::Form, state::Moment},
 };
 
-const GENERATE: Operation = Operation { form: Form::Raw, plaintext: true };
-const GENERATE_WITHOUT: Operation = Operation { form: Form::Raw, plaintext: false };
-const ADVANCE: Operation = Operation { form: Form::SelfDescribing, plaintext: true };
-const ADVANCE_WITHOUT: Operation = Operation { form: Form::SelfDescribing, plaintext: false };
-
-/// How often an operation starts over because a key rotated under it.
-const ATTEMPTS: usize = 3;
-
-/// Operations on data keys.
+/// Batches of data keys.
 impl Engine {
-    /// Generates a data key and wraps it under the key's **initial** version. Store the blob, the IV, the AAD and the
-    /// key id. To follow a key's rotation, use [`Engine::advance_generate_data_key`].
-    ///
-    /// # Errors
-    /// `InvalidParameter`, `Forbidden.KeyNotFound`, `Rejected.Disabled`, `Rejected.PendingDeletion`;
-    /// `Rejected.LimitExceeded` when a `Direct` version has spent its 2^32 wraps. The store or the machine may fail.
-    pub fn generate_data_key(&self, request: &GenerateDataKeyRequest<'_>) -> Result<DataKey> {
-        self.generate_one(request, GENERATE)
-    }
-
-    /// As [`Engine::generate_data_key`], for a data key that someone else will ask for by `decrypt`: it is wiped as
-    /// soon as it is wrapped.
-    ///
-    /// # Errors
-    /// As [`Engine::generate_data_key`].
-    pub fn generate_data_key_without_plaintext(
-        &self,
-        request: &GenerateDataKeyRequest<'_>,
-    ) -> Result<DataKey> {
-        self.generate_one(request, GENERATE_WITHOUT)
-    }
-
-    /// Generates a data key and wraps it under the key's **primary** version, in a blob that describes itself: store
-    /// the blob and the AAD.
-    ///
-    /// # Errors
-    /// As [`Engine::generate_data_key`].
-    pub fn advance_generate_data_key(
-        &self,
-        request: &GenerateDataKeyRequest<'_>,
-    ) -> Result<DataKey> {
-        self.generate_one(request, ADVANCE)
-    }
-
-    /// As [`Engine::advance_generate_data_key`], with the data key wiped as soon as it is wrapped.
-    ///
-    /// # Errors
-    /// As [`Engine::generate_data_key`].
-    pub fn advance_generate_data_key_without_plaintext(
-        &self,
-        request: &GenerateDataKeyRequest<'_>,
-    ) -> Result<DataKey> {
-        self.generate_one(request, ADVANCE_WITHOUT)
-    }
-
     /// Generates a data key for every request, as [`Engine::generate_data_key`] does for one.
     ///
     /// Results come in request order: `batch.len() == requests.len()`. Every item has its own key, length and AAD; a
     /// bad item gets its own error and the others succeed; no item is ever half made. At most 1,048,576 items and
     /// 1 GiB of output.
     ///
-    /// Cost: below 2,048 items the work stays on the caller's thread; from there on rayon's threads help the caller.
+    /// Cost: below 8,192 items the work stays on the caller's thread; from there on rayon's threads help the caller.
+    /// [`Engine::generate_data_keys`] costs less where all keys have one KEK and one length.
     ///
     /// # Errors
     /// `Rejected.LimitExceeded` for a batch over its limits, before any work; `ServiceUnavailableTemporary` if there
@@ -97,7 +37,7 @@ impl Engine {
         &self,
         requests: &[GenerateDataKeyRequest<'_>],
     ) -> Result<DataKeyBatch> {
-        self.generate_many(requests, GENERATE)
+        self.new_batch(requests, Operation::GenerateDataKey)
     }
 
     /// A batch of [`Engine::generate_data_key_without_plaintext`].
@@ -108,7 +48,7 @@ impl Engine {
         &self,
         requests: &[GenerateDataKeyRequest<'_>],
     ) -> Result<DataKeyBatch> {
-        self.generate_many(requests, GENERATE_WITHOUT)
+        self.new_batch(requests, Operation::GenerateDataKeyWithoutPlaintext)
     }
 
     /// A batch of [`Engine::advance_generate_data_key`].
@@ -119,7 +59,7 @@ impl Engine {
         &self,
         requests: &[GenerateDataKeyRequest<'_>],
     ) -> Result<DataKeyBatch> {
-        self.generate_many(requests, ADVANCE)
+        self.new_batch(requests, Operation::AdvanceGenerateDataKey)
     }
 
     /// A batch of [`Engine::advance_generate_data_key_without_plaintext`].
@@ -130,158 +70,179 @@ impl Engine {
         &self,
         requests: &[GenerateDataKeyRequest<'_>],
     ) -> Result<DataKeyBatch> {
-        self.generate_many(requests, ADVANCE_WITHOUT)
+        self.new_batch(requests, Operation::AdvanceGenerateDataKeyWithoutPlaintext)
     }
 
-    fn generate_one(
+    /// Generates a data key for every request, by any of the four operations, in place of what `batch` holds.
+    ///
+    /// A batch that no view shares is made anew in its own memory, so that a caller who makes many batches of about one
+    /// size allocates nothing and maps no page. A batch of another engine is as good as an empty one: its memory goes
+    /// back to that engine.
+    ///
+    /// ```
+    /// use keymill::{CreateKey, DataKeyBatch, Engine, GenerateDataKeyRequest, Operation};
+    ///
+    /// let engine = Engine::in_memory()?;
+    /// engine.create_key(&CreateKey { alias: Some("alias/app".into()), ..CreateKey::default() })?;
+    /// let mut batch = DataKeyBatch::new();
+    /// for page in 0..10 {
+    ///     let requests = [GenerateDataKeyRequest::new("alias/app", 32); 1000];
+    ///     engine.generate_data_key_batch_into(
+    ///         &mut batch,
+    ///         Operation::AdvanceGenerateDataKey,
+    ///         &requests,
+    ///     )?;
+    ///     assert_eq!(batch.len(), 1000);
+    /// }
+    /// # Ok::<(), keymill::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Engine::generate_data_key_batch`]. The batch then has no items, and the keys that it had are wiped.
+    pub fn generate_data_key_batch_into(
         &self,
-        request: &GenerateDataKeyRequest<'_>,
+        batch: &mut DataKeyBatch,
         operation: Operation,
-    ) -> Result<DataKey> {
-        self.in_one_process(|shared| shared.generate_one(request, operation))
-            .map_err(|error| self.shared().name(error))
+        requests: &[GenerateDataKeyRequest<'_>],
+    ) -> Result<()> {
+        self.make(batch, |shared, batch| {
+            check_item_count(requests.len())?;
+            shared.generate_many(requests, operation, batch)
+        })
     }
 
-    fn generate_many(
+    /// Generates `count` data keys of one length for one key, as [`Engine::generate_data_key`] does for one. `aads` is
+    /// [`NoAad`](crate::NoAad), one for all ([`SameAad`](crate::SameAad)), or anything with an AAD for each index.
+    ///
+    /// Results come in order, and limits are those of [`Engine::generate_data_key_batch`]. No request structs are made
+    /// and nothing is looked up: this is the fastest way to many keys.
+    ///
+    /// # Errors
+    /// As [`Engine::generate_data_key`], for all of them: a length outside its limits, a key in a state that refuses,
+    /// an AAD that is too long, `aads` that are fewer than `count` (more are ignored), a handle of another engine.
+    /// Nothing was made then. Items beyond the bound of a `Direct` version are refused one by one.
+    pub fn generate_data_keys(
+        &self,
+        key: &KeyHandle,
+        number_of_bytes: u32,
+        count: usize,
+        aads: impl AadSource,
+    ) -> Result<DataKeyBatch> {
+        let operation = Operation::GenerateDataKey;
+        let mut batch = DataKeyBatch::default();
+        self.generate_data_keys_into(&mut batch, operation, key, number_of_bytes, count, aads)?;
+        Ok(batch)
+    }
+
+    /// As [`Engine::generate_data_keys`], by [`Engine::advance_generate_data_key`].
+    ///
+    /// # Errors
+    /// As [`Engine::generate_data_keys`].
+    pub fn advance_generate_data_keys(
+        &self,
+        key: &KeyHandle,
+        number_of_bytes: u32,
+        count: usize,
+        aads: impl AadSource,
+    ) -> Result<DataKeyBatch> {
+        let operation = Operation::AdvanceGenerateDataKey;
+        let mut batch = DataKeyBatch::default();
+        self.generate_data_keys_into(&mut batch, operation, key, number_of_bytes, count, aads)?;
+        Ok(batch)
+    }
+
+    /// As [`Engine::generate_data_keys`], by any of the four operations, in place of what `batch` holds (see
+    /// [`Engine::generate_data_key_batch_into`]).
+    ///
+    /// # Errors
+    /// As [`Engine::generate_data_keys`]. The batch then has no items, and the keys that it had are wiped.
+    pub fn generate_data_keys_into(
+        &self,
+        batch: &mut DataKeyBatch,
+        operation: Operation,
+        key: &KeyHandle,
+        number_of_bytes: u32,
+        count: usize,
+        aads: impl AadSource,
+    ) -> Result<()> {
+        let wanted = Uniform { key, number_of_bytes, count, aads: &aads };
+        self.make(batch, |shared, batch| {
+            check_item_count(count)?;
+            shared.generate_uniform(&wanted, operation, batch)
+        })
+    }
+
+    fn new_batch(
         &self,
         requests: &[GenerateDataKeyRequest<'_>],
         operation: Operation,
     ) -> Result<DataKeyBatch> {
-        check_item_count(requests.len())?;
-        self.in_one_process(|shared| shared.generate_many(requests, operation))
+        let mut batch = DataKeyBatch::default();
+        self.generate_data_key_batch_into(&mut batch, operation, requests)?;
+        Ok(batch)
+    }
+
+    fn make(
+        &self,
+        batch: &mut DataKeyBatch,
+        work: impl Fn(&Shared, &mut DataKeyBatch) -> Result<()>,
+    ) -> Result<()> {
+        let done = self.in_one_process(|shared| work(shared, batch));
+        if done.is_err() {
+            batch.clear();
+        }
+        done
     }
 }
 
-fn version_of(key: &Key, operation: Operation) -> &Arc<KeyVersion> {
-    match operation.form {
-        Form::Raw => key.initial(),
-        Form::SelfDescribing => key.primary(),
+/// A batch of one key and one length.
+struct Uniform<'a> {
+    key: &'a KeyHandle,
+    number_of_bytes: u32,
+    count: usize,
+    aads: &'a dyn AadSource,
+}
+
+impl Uniform<'_> {
+    /// Bytes of all AADs.
+    ///
+    /// # Errors
+    /// `InvalidParameter` if there are too few, or one is too long.
+    fn aads_len(&self) -> Result<usize> {
+        if let Some(given) = self.aads.count().filter(|given| *given < self.count) {
+            return Err(Error::invalid(format!(
+                "There are AADs for {given} data keys, but {} are asked for.",
+                self.count
+            )));
+        }
+        let (longest, total) = self.aads.measure(0..self.count);
+        if longest <= AAD_LEN_MAX {
+            return Ok(total);
+        }
+        let long = |index: &usize| self.aads.aad(*index).len() > AAD_LEN_MAX;
+        let index = (0..self.count).find(long).unwrap_or_default();
+        Err(Error::invalid(format!(
+            "The Aad of data key {index} has {} bytes; at most {AAD_LEN_MAX} are allowed.",
+            self.aads.aad(index).len()
+        )))
     }
 }
 
 impl Shared {
-    fn generate_one(
-        &self,
-        request: &GenerateDataKeyRequest<'_>,
-        operation: Operation,
-    ) -> Result<DataKey> {
-        let dek_len = request.check()?;
-        let key = self.find(request.key_id)?;
-        key.record.check_usable()?;
-        let mut version = Arc::clone(version_of(&key, operation));
-        if let Wrapper::Direct(_) = version.wrapper {
-            version = self.take_one_wrap(key.clone(), version, operation)?;
-        }
-        if operation.form == Form::Raw {
-            self.note_initial_use(&key, 1);
-        }
-
-        let mut dek = SecretArena::zeroed(dek_len)?;
-        let (mut id, mut iv) = ([0; 16], [0; IV_LEN]);
-        let state;
-        let (gcm, salt) = match &version.wrapper {
-            Wrapper::Direct(key) => {
-                self.rng.fill_each(&mut [&mut id, &mut iv, dek.as_mut_slice()])?;
-                (key.key(), [0; SALT_LEN])
-            }
-            Wrapper::Derived { root, states } => {
-                state = states.reserve(root, &self.rng, 1)?;
-                self.rng.fill_each(&mut [&mut id, dek.as_mut_slice()])?;
-                iv = state.first_iv;
-                (state.key.key(), state.salt)
-            }
-        };
-        let layout = Layout { form: operation.form, scheme: version.wrapper.scheme(), dek_len };
-        let mut blob = vec![0; layout.len()];
-        layout.write_head(&mut blob, version.id.as_bytes(), &iv, &salt);
-        kernel::seal_many(kernel::Seal {
-            keys: Keys::One(gcm),
-            ivs: &[iv],
-            aads: &[request.aad],
-            len: dek_len,
-            plaintexts: dek.as_slice(),
-            out: &mut blob,
-            stride: layout.len(),
-            offset: layout.ciphertext_at(),
-        });
-        zeroize_stack::<{ kernel::STACK_LEN }>();
-        Ok(DataKey {
-            key_version_id: version.id,
-            iv: Bytes::copy_from_slice(&iv),
-            plaintext: operation.plaintext.then(|| SecretBytes::view(&Arc::new(dek), 0..dek_len)),
-            ciphertext_blob: blob.into(),
-            request_id: RequestId::from_random(id),
-        })
-    }
-
-    /// Takes one wrap, of the new primary version if an Advance operation found the old one spent and the key rotates.
-    fn take_one_wrap(
-        &self,
-        mut key: Arc<Key>,
-        mut version: Arc<KeyVersion>,
-        operation: Operation,
-    ) -> Result<Arc<KeyVersion>> {
-        for _ in 0..ATTEMPTS {
-            if self.take_wraps(&key, &version, 1)? == 1 {
-                return Ok(version);
-            }
-            match self.successor(&key, &version, operation) {
-                Some((new_key, new_version)) => (key, version) = (new_key, new_version),
-                None => break,
-            }
-        }
-        Err(wraps::spent(&version))
-    }
-
-    /// The key's version for `operation` in the present ring, if it is not `version`.
-    fn successor(
-        &self,
-        key: &Key,
-        version: &Arc<KeyVersion>,
-        operation: Operation,
-    ) -> Option<(Arc<Key>, Arc<KeyVersion>)> {
-        let ring = self.ring.load();
-        let key = ring.resolve(key.record.id.as_str())?;
-        let now = version_of(key, operation);
-        (now.id != version.id).then(|| (Arc::clone(key), Arc::clone(now)))
-    }
-
-    /// The key with this name; a name that is missing is looked up in the store once.
-    pub(super) fn find(&self, name: &str) -> Result<Arc<Key>> {
-        if let Some(key) = self.ring.load().resolve(name) {
-            return Ok(Arc::clone(key));
-        }
-        self.refresh_if_changed()?;
-        self.ring.load().resolve(name).cloned().ok_or_else(|| Error::key_not_found(name))
-    }
-
-    /// Counts, and warns once a key, that the initial version of a rotating key is used.
-    fn note_initial_use(&self, key: &Key, count: usize) {
-        if key.record.rotation.is_none() || count == 0 {
-            return;
-        }
-        self.initial_version_uses.fetch_add(count as u64, Ordering::Relaxed);
-        if !key.warned.swap(true, Ordering::Relaxed) {
-            log::warn!(
-                "key {} rotates by itself, but GenerateDataKey goes on with its initial version; \
-                 AdvanceGenerateDataKey follows the rotation",
-                key.record.id
-            );
-        }
-    }
-
     fn generate_many(
         &self,
         requests: &[GenerateDataKeyRequest<'_>],
         operation: Operation,
-    ) -> Result<DataKeyBatch> {
+        batch: &mut DataKeyBatch,
+    ) -> Result<()> {
+        let mut scratch = std::mem::take(&mut batch.scratch);
+        let (plan, aads) = (&mut scratch.plan, Aads::Requests(requests));
         let mut refreshed = false;
         let mut unasked = None;
         let mut attempts = 1..=ATTEMPTS;
-        let plan = loop {
+        loop {
             let ring = self.ring.load_full();
-            let (mut groups, unknown) = Groups::resolve(requests, &ring, operation);
-            if unknown && !refreshed {
+            if plan.resolve(requests, &ring, operation) && !refreshed {
                 refreshed = true;
                 unasked = self.refresh_if_changed().err();
                 if self.ring.load().changes != ring.changes {
@@ -289,104 +250,137 @@ impl Shared {
                 }
             }
             if let Some(error) = &unasked {
-                groups.refuse_unknown(error);
+                plan.refuse_unknown(error);
             }
-            groups.check_size()?;
+            plan.check_size()?;
             attempts.next();
-            let last = attempts.is_empty();
-            if let Some(groups) = self.lease_all(groups, operation, &ring, last) {
-                break groups.lay_out(requests);
-            }
-        };
-        if operation.form == Form::Raw {
-            for group in &plan.groups {
-                self.note_initial_use(&group.key, group.count());
+            if self.lease_all(plan, operation, ring.changes, attempts.is_empty()) {
+                break;
             }
         }
-        self.make(plan, requests, operation)
+        self.make_all(&mut scratch, aads, operation, batch)?;
+        batch.scratch = scratch;
+        Ok(())
     }
 
-    /// Leases the wraps of every `Direct` version and refuses the items beyond. `None` if the plan should be made
-    /// again, because an Advance operation found a primary version spent that has a successor now.
-    fn lease_all(
+    fn generate_uniform(
         &self,
-        mut groups: Groups,
+        wanted: &Uniform<'_>,
         operation: Operation,
-        ring: &Ring,
-        last: bool,
-    ) -> Option<Groups> {
+        batch: &mut DataKeyBatch,
+    ) -> Result<()> {
+        let cell = wanted.key.of_engine(self.number)?;
+        let dek_len = check_number_of_bytes(wanted.number_of_bytes)?;
+        let aads_len = wanted.aads_len()?;
+        let mut scratch = std::mem::take(&mut batch.scratch);
+        let (plan, aads) = (&mut scratch.plan, Aads::Source(wanted.aads));
+        for attempt in 1.. {
+            let changes = self.ring.load().changes;
+            let key = cell.load()?;
+            key.record.check_usable()?;
+            plan.resolve_uniform(&key, operation, dek_len, wanted.count, aads_len);
+            plan.check_size()?;
+            if self.lease_all(plan, operation, changes, attempt == ATTEMPTS) {
+                break;
+            }
+        }
+        self.make_all(&mut scratch, aads, operation, batch)?;
+        batch.scratch = scratch;
+        Ok(())
+    }
+
+    /// Leases the wraps of every `Direct` version and refuses the items beyond. `false` if the plan should be made
+    /// again, because an Advance operation found a primary version spent that has a successor now: the ring is not that
+    /// of `changes` any more.
+    fn lease_all(&self, plan: &mut Plan, operation: Operation, changes: u64, last: bool) -> bool {
         let generation = os::generation();
-        let needs = groups.direct_needs();
-        let mut taken = Vec::with_capacity(needs.len());
+        plan.sum_direct_needs();
         let mut shortfalls = Vec::new();
         let mut succeeded = false;
-        for need in &needs {
-            let (granted, why) = match self.take_wraps(&need.key, &need.version, need.wraps) {
-                Ok(granted) => (granted, None),
-                Err(error) => (0, Some(error)),
+        for need in &mut plan.direct_needs {
+            let why = match self.take_wraps(&need.key, &need.version, need.wraps) {
+                Ok(granted) => {
+                    need.granted = granted;
+                    None
+                }
+                Err(error) => Some(error),
             };
-            taken.push(granted);
+            let granted = need.granted;
             if granted < need.wraps {
                 succeeded |= self.successor(&need.key, &need.version, operation).is_some();
                 let why = why.unwrap_or_else(|| wraps::spent(&need.version));
                 shortfalls.push(Shortfall { version: Arc::clone(&need.version), granted, why });
             }
         }
-        if succeeded && !last && self.ring.load().changes != ring.changes {
-            for (need, granted) in needs.iter().zip(taken) {
-                need.version.lease.add(granted, generation);
+        if succeeded && !last && self.ring.load().changes != changes {
+            for need in &plan.direct_needs {
+                need.version.lease.add(need.granted, generation);
             }
-            return None;
+            return false;
         }
-        groups.refuse_beyond(shortfalls);
-        Some(groups)
+        plan.refuse_beyond(shortfalls);
+        true
     }
 
-    /// Reserves what can fail, then makes every key of the plan.
-    fn make(
+    /// Reserves what can fail, then makes every key of the plan in `batch`.
+    fn make_all(
         &self,
-        plan: Plan,
-        requests: &[GenerateDataKeyRequest<'_>],
+        scratch: &mut Scratch,
+        aads: Aads<'_>,
         operation: Operation,
-    ) -> Result<DataKeyBatch> {
+        batch: &mut DataKeyBatch,
+    ) -> Result<()> {
+        let Scratch { plan, reserved, worker } = scratch;
+        plan.lay_out();
+        if operation.form() == Form::Raw {
+            for group in &plan.groups {
+                self.note_initial_use(&group.key, group.count());
+            }
+        }
         let base = self.new_request_id()?;
-        let reserve = |(group, count): &(usize, u64)| match &plan.groups[*group].version.wrapper {
-            Wrapper::Derived { root, states } => states.reserve(root, &self.rng, *count),
-            Wrapper::Direct(_) => unreachable!("only Derived versions have short runs"),
-        };
-        let reserved = plan.state_needs.iter().map(reserve).collect::<Result<Vec<_>>>()?;
-        let seed = if plan.slot_count < OS_SEED_ITEMS_MIN {
+        reserved.clear();
+        let moment = Moment::now(&self.rng);
+        for (group, count) in &plan.state_needs {
+            match &plan.groups[*group].version().wrapper {
+                Wrapper::Derived { root, states } => {
+                    reserved.push(states.reserve(root, &self.rng, moment, *count)?);
+                }
+                Wrapper::Direct(_) => unreachable!("only Derived versions have short runs"),
+            }
+        }
+        let slot_count = plan.slot_count();
+        let seed = if slot_count < OS_SEED_ITEMS_MIN {
             self.rng.pool_seed()?
         } else {
             self.rng.os_seed()?
         };
-        let mut plaintexts =
-            operation.plaintext.then(|| SecretArena::zeroed(plan.dek_len)).transpose()?;
-        let mut ivs = zeroed(plan.slot_count * IV_LEN)?;
-        let mut blobs = zeroed(plan.blob_len)?;
+        let mut lens = plan.lens();
+        if !operation.returns_plaintext() {
+            lens.deks = 0;
+        }
+        batch.forget_items();
+        let home = self.recycler();
+        match Arc::get_mut(&mut batch.memory).filter(|memory| memory.is_of(&home)) {
+            Some(memory) => memory.resize(lens)?,
+            None => batch.memory = Arc::new(Memory::take(&home, lens)?),
+        }
+        let memory = Arc::get_mut(&mut batch.memory).expect("not shared yet");
 
-        let job =
-            run::Job { tier: self.tier, seed: &seed, plan: &plan, requests, reserved: &reserved };
-        let columns = Columns {
-            deks: plaintexts.as_mut().map(SecretArena::as_mut_slice),
-            ivs: &mut ivs,
-            blobs: &mut blobs,
-        };
-        run::run(&job, columns, self.fan_out());
+        let job = run::Job { tier: self.tier, seed: &seed, plan, aads, reserved };
+        run::run(&job, memory.columns_mut(), worker, self.fan_out());
 
-        let name = |error: Error| {
+        (batch.base, batch.len) = (base, plan.item_count());
+        batch.plaintext = operation.returns_plaintext();
+        RunRecord::of_plan(plan, &mut batch.runs);
+        let (slots, refused) = plan.results();
+        std::mem::swap(&mut batch.slots, slots);
+        batch.refused.extend(refused.drain(..).map(|error| {
             let id = base.item(error.index().expect("refused items have an index"));
             error.with_request_id(id)
-        };
-        Ok(DataKeyBatch {
-            base,
-            len: requests.len(),
-            runs: RunRecord::of_plan(&plan),
-            slots: plan.slots,
-            refused: plan.refused.into_iter().map(name).collect(),
-            ivs: ivs.into(),
-            blobs: blobs.into(),
-            plaintexts: plaintexts.map(Arc::new),
-        })
+        }));
+        // Keys are not kept by whoever keeps the batch.
+        reserved.clear();
+        plan.clear();
+        Ok(())
     }
 }

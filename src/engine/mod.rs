@@ -1,7 +1,8 @@
 //! `Engine`: the operations, and what holds them together. The only room that knows every stage.
 //!
-//! `mod.rs` opens engines and keeps the ring fresh; `generate` and `decrypt` are the operations on data keys, `admin`
-//! those on KEKs and aliases, `wraps` the leases of `Direct` versions, `background` the watcher and due work.
+//! `mod.rs` opens engines and keeps the ring fresh; `single`, `generate` (batches), `stream` and `decrypt` are the
+//! operations on data keys, `admin` those on KEKs and aliases, `wraps` the leases of `Direct` versions, `background`
+//! the watcher and due work.
 //!
 //! # Forks
 //! Whatever belongs to one process lies in [`Process`], made anew by a child on first use. Every operation on data
@@ -12,6 +13,8 @@ mod background;
 mod builder;
 mod decrypt;
 mod generate;
+mod single;
+mod stream;
 mod wraps;
 
 use std::{
@@ -27,12 +30,15 @@ use arc_swap::ArcSwap;
 
 pub use background::DueReport;
 pub use builder::{DueWork, EngineBuilder};
+pub use single::{DataKeyBuffers, WrittenDataKey};
+pub use stream::DataKeyStream;
 
 use crate::{
-    batch::run::FanOut,
+    batch::fan_out::FanOut,
     cpu::Tier,
     error::{Error, Result},
-    keys::{StoredKey, UnixSeconds, ring::Ring},
+    keys::{KeyHandle, StoredKey, UnixSeconds, ring::Ring},
+    memory::Recycler,
     os::{self, Current, Generation, PerProcess},
     request_id::RequestId,
     rng::Rng,
@@ -69,6 +75,8 @@ struct Handle {
 
 /// What the engine and its background thread share.
 struct Shared {
+    /// Tells engines apart.
+    number: u64,
     store: Box<dyn KeyStore>,
     ring: ArcSwap<Ring>,
     rng: Rng,
@@ -78,8 +86,14 @@ struct Shared {
     /// Whether rayon's global pool may have been inherited, without its workers, from a parent with engines.
     forked_before: bool,
     process: PerProcess<Process>,
+    /// The generation of the process whose part is there, watcher included. Says so at the cost of one load.
+    settled: AtomicU64,
+    recycler: PerProcess<Arc<Recycler>>,
     initial_version_uses: AtomicU64,
 }
+
+/// Of no process.
+const UNSETTLED: u64 = u64::MAX;
 
 /// Tells the time.
 type Clock = Box<dyn Fn() -> SystemTime + Send + Sync>;
@@ -91,6 +105,7 @@ struct Config {
     lease_max: u64,
     initial_spent: u64,
     due_work: DueWork,
+    recycled_bytes_max: usize,
     background: bool,
 }
 
@@ -143,6 +158,35 @@ impl Engine {
         EngineBuilder::default()
     }
 
+    /// Finds the KEK with this id or alias, whatever its state. With the handle, operations skip the lookup.
+    ///
+    /// ```
+    /// use keymill::{CreateKey, Engine, NoAad};
+    ///
+    /// let engine = Engine::in_memory()?;
+    /// engine.create_key(&CreateKey { alias: Some("alias/app".into()), ..CreateKey::default() })?;
+    /// let key = engine.key("alias/app")?;
+    /// let page_keys = engine.advance_generate_data_keys(&key, 32, 4096, NoAad)?;
+    /// assert_eq!(page_keys.get(17)?.key_id(), key.key_id());
+    /// # Ok::<(), keymill::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `Forbidden.KeyNotFound`; the store's.
+    pub fn key(&self, name: &str) -> Result<KeyHandle> {
+        self.in_one_process(|shared| {
+            let found = |ring: &Ring| {
+                let id = ring.resolve(name)?.record.id;
+                ring.cell(&id).map(|cell| KeyHandle::new(Arc::clone(cell)))
+            };
+            if let Some(handle) = found(&shared.ring.load()) {
+                return Ok(handle);
+            }
+            shared.refresh_if_changed()?;
+            found(&shared.ring.load()).ok_or_else(|| Error::key_not_found(name))
+        })
+    }
+
     /// The tier of the kernels in use.
     pub fn tier(&self) -> Tier {
         self.shared().tier
@@ -153,10 +197,21 @@ impl Engine {
         self.shared().store.describe()
     }
 
+    /// Bytes of memory that wait for the next batches. At most what
+    /// [`EngineBuilder::recycled_bytes_max`] allows.
+    pub fn recycled_bytes(&self) -> usize {
+        self.shared().recycler().waiting_bytes()
+    }
+
     /// How many data keys were wrapped under the initial version of a key that rotates by itself. Such use defeats the
     /// rotation: the `advance_` operations follow it. The first use of each key is logged as a warning.
     pub fn initial_version_uses(&self) -> u64 {
         self.shared().initial_version_uses.load(Ordering::Relaxed)
+    }
+
+    /// Tells engines apart.
+    pub(crate) fn number(&self) -> u64 {
+        self.shared().number
     }
 
     fn shared(&self) -> &Arc<Shared> {
@@ -165,7 +220,9 @@ impl Engine {
 
     /// Reads the store and sets the engine up.
     fn start(store: Box<dyn KeyStore>, rng: Rng, tier: Tier, config: Config) -> Result<Self> {
+        static ENGINES: AtomicU64 = AtomicU64::new(0);
         let shared = Arc::new(Shared {
+            number: ENGINES.fetch_add(1, Ordering::Relaxed),
             store,
             ring: ArcSwap::from_pointee(Ring::default()),
             rng,
@@ -174,6 +231,8 @@ impl Engine {
             home: os::generation(),
             forked_before: os::is_forked(),
             process: PerProcess::empty(),
+            settled: AtomicU64::new(UNSETTLED),
+            recycler: PerProcess::empty(),
             initial_version_uses: AtomicU64::new(0),
         });
         shared.refresh()?;
@@ -187,10 +246,13 @@ impl Engine {
 
     /// Runs an operation on data keys, and again if the process was forked meanwhile: then parent and child would both
     /// hold its result.
-    fn in_one_process<T>(&self, operation: impl Fn(&Shared) -> Result<T>) -> Result<T> {
+    fn in_one_process<T>(&self, mut operation: impl FnMut(&Shared) -> Result<T>) -> Result<T> {
         loop {
             let generation = os::generation();
-            self.process();
+            if self.shared().settled.load(Ordering::Acquire) != generation.number() {
+                self.process();
+                self.shared().settled.store(generation.number(), Ordering::Release);
+            }
             let done = operation(self.shared());
             if os::generation() == generation {
                 return done;
@@ -223,9 +285,18 @@ impl Shared {
         let process = self.process();
         let _alone = process.refresh.lock().unwrap_or_else(PoisonError::into_inner);
         let image = self.store.load()?;
-        let ring = Ring::build(image.changes, &image.keys, &self.ring.load(), self.tier)?;
-        self.ring.store(Arc::new(ring));
+        let before = self.ring.load_full();
+        let ring = Ring::build(image.changes, &image.keys, &before, self.tier, self.number)?;
+        let ring = Arc::new(ring);
+        self.ring.store(Arc::clone(&ring));
+        ring.publish(&before);
         Ok(image.keys)
+    }
+
+    /// Where the memory of batches waits for the next ones.
+    fn recycler(&self) -> Arc<Recycler> {
+        let make = |_: Option<&Arc<Recycler>>| Recycler::new(self.config.recycled_bytes_max);
+        Arc::clone(&self.recycler.get_or(make))
     }
 
     /// Replaces the ring if the store has changed since it was read.
@@ -275,7 +346,8 @@ impl Drop for Handle {
             self.shared.return_leases();
         }
         // Not left to the drop of `shared`: in a child the background thread of the parent holds it for ever.
-        self.shared.ring.store(Arc::default());
+        let last = self.shared.ring.swap(Arc::default());
+        Ring::default().publish(&last);
         self.shared.store.close();
     }
 }

@@ -11,6 +11,8 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+use zeroize::zeroize_stack;
+
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::Wide;
 use crate::{
@@ -86,8 +88,15 @@ impl GcmKeys {
     pub(crate) fn set_up_many(&mut self, tier: Tier, materials: &[[u8; 32]]) {
         match tier.level() {
             Level::Portable => {
-                let keys = materials.iter().map(|key| portable::GcmKey::new(key));
-                self.0 = ManyInner::Portable(keys.collect());
+                if !matches!(self.0, ManyInner::Portable(_)) {
+                    self.0 = ManyInner::Portable(Vec::new());
+                }
+                let ManyInner::Portable(keys) = &mut self.0 else { unreachable!("just made") };
+                keys.clear();
+                if keys.capacity() < materials.len() {
+                    keys.reserve_exact(materials.len());
+                }
+                keys.extend(materials.iter().map(|key| portable::GcmKey::new(key)));
             }
             #[cfg(target_arch = "x86_64")]
             Level::Wide(wide) => {
@@ -97,6 +106,15 @@ impl GcmKeys {
                 let ManyInner::Wide(contexts) = &mut self.0 else { unreachable!("just made") };
                 x86_64::set_up_many(wide, materials, contexts);
             }
+        }
+    }
+
+    /// Wipes the keys and keeps their memory.
+    pub(crate) fn clear(&mut self) {
+        match &mut self.0 {
+            ManyInner::Portable(keys) => keys.clear(),
+            #[cfg(target_arch = "x86_64")]
+            ManyInner::Wide(contexts) => contexts.clear(),
         }
     }
 
@@ -261,6 +279,19 @@ pub(crate) fn seal_many(job: Seal<'_>) {
         Some(KeyRef(RefInner::Portable(_))) => portable::seal_many(job),
         #[cfg(target_arch = "x86_64")]
         Some(KeyRef(RefInner::Wide(first))) => x86_64::seal_many(first.wide(), job),
+    }
+}
+
+/// Seals one message, or a few, and overwrites the stack that the kernel used. Small messages leave little there, so
+/// that single calls need not pay for more.
+pub(crate) fn seal_and_wipe(job: Seal<'_>) {
+    match job.keys.of_first(job.ivs.len()) {
+        #[cfg(target_arch = "x86_64")]
+        Some(KeyRef(RefInner::Wide(first))) => x86_64::seal_and_wipe(first.wide(), job),
+        _ => {
+            seal_many(job);
+            zeroize_stack::<STACK_LEN>();
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! `key-` and 21 of `[a-z0-9]`; a version id is its key's id, `-`, and 10 more. Public values, chosen at random.
 
-use std::fmt;
+use std::{borrow::Borrow, fmt};
 
 use crate::{
     error::Result,
@@ -20,6 +20,13 @@ pub struct KeyId([u8; KEY_ID_LEN]);
 /// The id of one version of a KEK: the key's id, `-`, and 10 of `[a-z0-9]`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KeyVersionId([u8; KEY_VERSION_ID_LEN]);
+
+/// So that a map of ids is asked with the bytes of a blob. The derived hash is that of the bytes.
+impl Borrow<[u8; KEY_VERSION_ID_LEN]> for KeyVersionId {
+    fn borrow(&self) -> &[u8; KEY_VERSION_ID_LEN] {
+        &self.0
+    }
+}
 
 impl KeyId {
     /// Makes a new id.
@@ -45,6 +52,9 @@ impl KeyId {
 }
 
 impl KeyVersionId {
+    /// Stands where an id is going to be written.
+    pub(crate) const ZERO: Self = Self([b'0'; KEY_VERSION_ID_LEN]);
+
     /// Makes a new version id of `key`.
     pub(crate) fn generate(key: &KeyId, rng: &Rng) -> Result<Self> {
         let mut id = [b'-'; KEY_VERSION_ID_LEN];

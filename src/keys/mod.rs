@@ -4,6 +4,7 @@
 
 pub(crate) mod alias;
 pub(crate) mod budget;
+pub(crate) mod handle;
 pub(crate) mod id;
 pub(crate) mod ring;
 pub(crate) mod rotation;
@@ -20,6 +21,7 @@ use crate::{
     wrap::Scheme,
 };
 pub use alias::Alias;
+pub use handle::KeyHandle;
 pub use id::{KeyId, KeyVersionId};
 pub use rotation::RotationPeriod;
 pub use state::KeyState;

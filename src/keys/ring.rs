@@ -10,9 +10,10 @@ use foldhash::fast::RandomState;
 use super::{
     Alias, KeyRecord, KeyState, StoredKey,
     budget::Lease,
+    handle::KeyCell,
     id::{KeyId, KeyVersionId},
 };
-use crate::{cpu::Tier, error::Result, wrap::Wrapper};
+use crate::{cpu::Tier, error::Result, limits::KEY_VERSION_ID_LEN, wrap::Wrapper};
 
 /// A version set up for use.
 pub(crate) struct KeyVersion {
@@ -40,6 +41,11 @@ impl Key {
         self.versions.last().expect("a key has at least one version")
     }
 
+    /// The version that an operation wraps under: the primary one if it follows rotation.
+    pub(crate) fn version_for(&self, follows_rotation: bool) -> &Arc<KeyVersion> {
+        if follows_rotation { self.primary() } else { self.initial() }
+    }
+
     pub(crate) fn versions(&self) -> &[Arc<KeyVersion>] {
         &self.versions
     }
@@ -54,6 +60,8 @@ pub(crate) struct Ring {
     aliases: HashMap<Alias, KeyId, RandomState>,
     names: HashMap<Box<str>, Arc<Key>, RandomState>,
     versions: HashMap<KeyVersionId, (Arc<Key>, Arc<KeyVersion>), RandomState>,
+    /// Where handles find their keys. A key keeps its cell from ring to ring.
+    cells: HashMap<KeyId, Arc<KeyCell>, RandomState>,
 }
 
 impl Ring {
@@ -66,9 +74,13 @@ impl Ring {
         stored: &[StoredKey],
         before: &Ring,
         tier: Tier,
+        engine: u64,
     ) -> Result<Self> {
         let mut ring = Self { changes, ..Self::default() };
         for stored in stored {
+            let id = stored.record.id;
+            let cell = before.cells.get(&id).cloned();
+            ring.cells.insert(id, cell.unwrap_or_else(|| KeyCell::new(id, engine)));
             let key = Arc::new(Key {
                 record: stored.record.clone(),
                 aliases: stored.aliases.clone(),
@@ -98,14 +110,39 @@ impl Ring {
         Ok(ring)
     }
 
+    /// Shows the keys of this ring, which has taken the place of `before`, to the holders of handles.
+    pub(crate) fn publish(&self, before: &Ring) {
+        for (id, cell) in &self.cells {
+            let key = self.keys.get(id).cloned();
+            let changed = match (&key, before.keys.get(id)) {
+                (Some(now), Some(before)) => !now.wraps_as(before),
+                _ => true,
+            };
+            cell.publish(key, changed);
+        }
+        for (id, cell) in &before.cells {
+            if !self.cells.contains_key(id) {
+                cell.publish(None, true);
+            }
+        }
+    }
+
+    /// The place where the key `id` is found from now on.
+    pub(crate) fn cell(&self, id: &KeyId) -> Option<&Arc<KeyCell>> {
+        self.cells.get(id)
+    }
+
     /// The key with this id or alias.
     pub(crate) fn resolve(&self, name: &str) -> Option<&Arc<Key>> {
         self.names.get(name)
     }
 
-    /// The version with this id, and its key.
-    pub(crate) fn version(&self, id: &KeyVersionId) -> Option<&(Arc<Key>, Arc<KeyVersion>)> {
-        self.versions.get(id)
+    /// The version with this id, and its key. The bytes may be anything.
+    pub(crate) fn version_by_bytes(
+        &self,
+        id: &[u8; KEY_VERSION_ID_LEN],
+    ) -> Option<(&Arc<Key>, &Arc<KeyVersion>)> {
+        self.versions.get(id).map(|(key, version)| (key, version))
     }
 
     pub(crate) fn keys(&self) -> impl Iterator<Item = &Arc<Key>> {
@@ -130,6 +167,16 @@ fn set_up(stored: &StoredKey, before: &Ring, tier: Tier) -> Result<Vec<Arc<KeyVe
 }
 
 impl Key {
+    /// Whether state and versions are those of `other`.
+    fn wraps_as(&self, other: &Self) -> bool {
+        self.record.state == other.record.state
+            && self
+                .versions
+                .iter()
+                .map(|version| version.id)
+                .eq(other.versions.iter().map(|v| v.id))
+    }
+
     /// Wipes the wrapping states of versions that do not wrap now: all of a key that is not enabled, and any but the
     /// initial and the primary one.
     fn settle_states(&self) {

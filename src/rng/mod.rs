@@ -9,7 +9,7 @@ mod pool;
 #[cfg(any(feature = "deterministic", fuzzing, test))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::{
     cpu::Tier,
@@ -117,20 +117,32 @@ pub(crate) struct ChunkStart {
     pub(crate) iv: [u8; IV_LEN],
 }
 
-/// The block of a chunk's stream where DEKs begin.
+/// Where DEKs begin in a chunk's stream: at its second block.
+const DEKS_AT: usize = 64;
 const DEK_BLOCK: u64 = 1;
 
-/// The salt and first IV of chunk `chunk`.
-pub(crate) fn chunk_start(tier: Tier, seed: &Seed, chunk: u64) -> ChunkStart {
-    let mut head = [0; SALT_LEN + IV_LEN];
-    kernel::chacha_fill(tier, seed, chunk, 0, &mut head);
-    let (salt, iv) = head.split_at(SALT_LEN);
-    ChunkStart { salt: salt.try_into().expect("SALT_LEN"), iv: iv.try_into().expect("IV_LEN") }
-}
-
-/// The DEK bytes of chunk `chunk`.
-pub(crate) fn chunk_deks(tier: Tier, seed: &Seed, chunk: u64, out: &mut [u8]) {
-    kernel::chacha_fill(tier, seed, chunk, DEK_BLOCK, out);
+/// Fills the DEKs of chunk `chunk`, and draws what else it needs.
+pub(crate) fn chunk(tier: Tier, seed: &Seed, chunk: u64, deks: &mut [u8]) -> ChunkStart {
+    /// What the kernels make at once.
+    const GROUP_LEN: usize = 1024;
+    let mut group = [0; GROUP_LEN];
+    let head = if deks.len() <= GROUP_LEN - DEKS_AT {
+        // One call of the kernel for everything.
+        let drawn = &mut group[..DEKS_AT + deks.len()];
+        kernel::chacha_fill(tier, seed, chunk, 0, drawn);
+        let (head, rest) = drawn.split_at_mut(DEKS_AT);
+        deks.copy_from_slice(rest);
+        rest.zeroize();
+        &*head
+    } else {
+        kernel::chacha_fill(tier, seed, chunk, DEK_BLOCK, deks);
+        let head = &mut group[..SALT_LEN + IV_LEN];
+        kernel::chacha_fill(tier, seed, chunk, 0, head);
+        &*head
+    };
+    let (salt, rest) = head.split_at(SALT_LEN);
+    let salt = salt.try_into().expect("SALT_LEN");
+    ChunkStart { salt, iv: rest[..IV_LEN].try_into().expect("IV_LEN") }
 }
 
 #[cfg(test)]
@@ -140,17 +152,18 @@ mod tests {
     #[test]
     fn chunks_of_one_seed_share_nothing_and_follow_the_layout() {
         let seed = Zeroizing::new([9; 32]);
-        let (a, b) = (chunk_start(Tier::PORTABLE, &seed, 0), chunk_start(Tier::PORTABLE, &seed, 1));
-        assert_ne!((a.salt, a.iv), (b.salt, b.iv));
-        let mut stream = [0; 128];
-        kernel::chacha_fill(Tier::PORTABLE, &seed, 1, 0, &mut stream);
-        assert_eq!(
-            (b.salt, b.iv),
-            (stream[..12].try_into().unwrap(), stream[12..24].try_into().unwrap())
-        );
-        let mut deks = [0; 64];
-        chunk_deks(Tier::PORTABLE, &seed, 1, &mut deks);
-        assert_eq!(deks, stream[64..]);
+        let mut stream = [0; 4096];
+        for number in 0..2 {
+            kernel::chacha_fill(Tier::PORTABLE, &seed, number, 0, &mut stream);
+            for len in [1, 32, 959, 960, 961, 4032] {
+                let mut deks = vec![0; len];
+                let start = chunk(Tier::PORTABLE, &seed, number, &mut deks);
+                assert_eq!((&start.salt[..], &start.iv[..]), (&stream[..12], &stream[12..24]));
+                assert_eq!(deks, stream[64..64 + len], "{len}");
+            }
+        }
+        let start = |number| chunk(Tier::PORTABLE, &seed, number, &mut [0]);
+        assert_ne!((start(0).salt, start(0).iv), (start(1).salt, start(1).iv));
     }
 
     #[test]

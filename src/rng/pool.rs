@@ -1,14 +1,18 @@
 //! Per-thread ChaCha20 pools with fast key erasure.
 //!
-//! What rests between calls is our own 32-byte key, in locked pages. A fill expands it with ChaCha20, takes the first
-//! 32 bytes as the next key and hands out the rest, so that neither the key at rest nor anything derived from it leads
-//! back to bytes handed out before (D. J. Bernstein, "Fast-key-erasure random-number generators", 2017).
-//! The key is replaced by one from the operating system every 1 MiB, every second, and in a forked child. Where forks
+//! What rests between calls is one kilobyte in locked pages: our own 32-byte key, and bytes that the key before it was
+//! expanded into by ChaCha20 and that nobody was given yet. A fill hands out the next of them and zeroes them where
+//! they lay; when they are spent, the key is expanded again, and the first 32 bytes replace it. So nothing at rest
+//! leads back to what was handed out before (D. J. Bernstein, "Fast-key-erasure random-number generators", 2017, which
+//! also hands out one expansion in pieces). Whoever reads the pool learns what it would give until it is seeded anew;
+//! of a pool that held the key alone that would be just as true, and each single call would pay for a whole expansion.
+//!
+//! The pool is seeded by the operating system anew every 1 MiB, every second, and in a forked child. Where forks
 //! cannot be detected there is no pool: every call asks the operating system.
 
 use std::cell::RefCell;
 
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing, zeroize_stack};
 
 use super::os_fill;
 use crate::{
@@ -19,16 +23,18 @@ use crate::{
     os::{self, Generation, LockedBox},
 };
 
-/// Requests up to this size are cut from one expansion together with the next key.
-const SMALL: usize = 224;
+/// Bytes of one expansion: sixteen blocks, which the widest kernel makes at once.
+const EXPANSION_LEN: usize = 1024;
 /// Bytes of a ChaCha20 block.
 const BLOCK_LEN: usize = 64;
-/// Bytes at the head of the stream that become the next key.
+/// Bytes at the head of an expansion that are the next key.
 const KEY_LEN: usize = 32;
 
 struct Pool {
-    /// `None` stands for a box that must not be dropped here: see `Drop`.
-    key: Option<LockedBox<[u8; KEY_LEN]>>,
+    /// The key, then bytes that were handed out and are zeros, then those from `next` on, to be handed out. `None`
+    /// stands for a box that must not be dropped here: see `Drop`.
+    bytes: Option<LockedBox<[u8; EXPANSION_LEN]>>,
+    next: usize,
     generation: Generation,
     seeded_ms: u64,
     handed_out: u64,
@@ -72,57 +78,87 @@ fn ready(slot: &mut Option<Pool>, now: Generation) -> Result<&mut Pool> {
             && u128::from(now_ms.saturating_sub(pool.seeded_ms)) < POOL_AGE_MAX.as_millis()
     });
     if !usable {
-        let mut seed = Zeroizing::new([0; KEY_LEN]);
-        os_fill(&mut *seed)?;
-        match slot {
-            Some(pool) if pool.generation == now => {
-                pool.key_mut().copy_from_slice(&*seed);
-                pool.seeded_ms = now_ms;
-                pool.handed_out = 0;
-            }
-            _ => {
-                let mut key = LockedBox::new_with(|| [0; KEY_LEN])?;
-                key.copy_from_slice(&*seed);
-                *slot = Some(Pool {
-                    key: Some(key),
-                    generation: now,
-                    seeded_ms: now_ms,
-                    handed_out: 0,
-                });
-            }
-        }
+        seed_anew(slot, now, now_ms)?;
     }
     Ok(slot.as_mut().expect("just filled"))
 }
 
+#[cold]
+fn seed_anew(slot: &mut Option<Pool>, now: Generation, now_ms: u64) -> Result<()> {
+    let mut seed = Zeroizing::new([0; KEY_LEN]);
+    os_fill(&mut *seed)?;
+    let bytes = match slot.take() {
+        Some(mut pool) if pool.generation == now => pool.bytes.take(),
+        // Inherited: abandoned by its drop.
+        _ => None,
+    };
+    let mut bytes = match bytes {
+        Some(bytes) => bytes,
+        None => LockedBox::new_with(|| [0; EXPANSION_LEN])?,
+    };
+    bytes.zeroize();
+    bytes[..KEY_LEN].copy_from_slice(&*seed);
+    let bytes = Some(bytes);
+    *slot = Some(Pool {
+        bytes,
+        next: EXPANSION_LEN,
+        generation: now,
+        seeded_ms: now_ms,
+        handed_out: 0,
+    });
+    Ok(())
+}
+
 impl Pool {
-    fn key_mut(&mut self) -> &mut [u8; KEY_LEN] {
-        self.key.as_mut().expect("only drop takes it")
+    fn bytes(&mut self) -> &mut [u8; EXPANSION_LEN] {
+        self.bytes.as_mut().expect("only drop takes it")
     }
 
     fn draw(&mut self, tier: Tier, out: &mut [&mut [u8]]) {
         let len: usize = out.iter().map(|part| part.len()).sum();
         self.handed_out += len as u64;
-        let key = self.key_mut();
-        let mut stream = Zeroizing::new([0; KEY_LEN + SMALL]);
-        if len <= SMALL {
-            let stream = &mut stream[..KEY_LEN + len];
-            kernel::chacha_fill(tier, key, 0, 0, stream);
-            let (next_key, mut rest) = stream.split_at(KEY_LEN);
-            key.copy_from_slice(next_key);
+        if len > EXPANSION_LEN - KEY_LEN {
             for part in out {
-                part.copy_from_slice(rest.split_off(..part.len()).expect("the lengths add up"));
+                self.draw_many(tier, part);
             }
-        } else {
-            // Block 0 for the next key; what follows goes straight to the caller, a part from whole blocks on.
-            kernel::chacha_fill(tier, key, 0, 0, &mut stream[..KEY_LEN]);
-            let mut block = 1;
-            for part in out {
-                kernel::chacha_fill(tier, key, 0, block, part);
-                block += part.len().div_ceil(BLOCK_LEN) as u64;
-            }
-            key.copy_from_slice(&stream[..KEY_LEN]);
+            return;
         }
+        if len > EXPANSION_LEN - self.next {
+            // What is left is overwritten: no call is put together of two expansions.
+            self.expand(tier);
+        }
+        let (at, next) = (self.next, self.next + len);
+        self.next = next;
+        let given = &mut self.bytes()[at..next];
+        let mut rest = &*given;
+        for part in out {
+            part.copy_from_slice(rest.split_off(..part.len()).expect("the lengths add up"));
+        }
+        // As everywhere where what is wiped may be empty.
+        if !given.is_empty() {
+            given.zeroize();
+        }
+    }
+
+    /// Replaces the key and everything that is left.
+    fn expand(&mut self, tier: Tier) {
+        let bytes = self.bytes();
+        let mut key = [0; KEY_LEN];
+        key.copy_from_slice(&bytes[..KEY_LEN]);
+        kernel::chacha_fill(tier, &key, 0, 0, bytes);
+        key.zeroize();
+        self.next = KEY_LEN;
+        zeroize_stack::<{ kernel::STACK_LEN }>();
+    }
+
+    /// More than an expansion holds: it goes straight to the caller. Block 0 is for the next key.
+    fn draw_many(&mut self, tier: Tier, out: &mut [u8]) {
+        let key = &mut self.bytes()[..KEY_LEN];
+        let mut expanded = Zeroizing::new([0; BLOCK_LEN]);
+        let old: &mut [u8; KEY_LEN] = key.try_into().expect("KEY_LEN");
+        kernel::chacha_fill(tier, old, 0, 1, out);
+        kernel::chacha_fill(tier, old, 0, 0, &mut expanded[..KEY_LEN]);
+        old.copy_from_slice(&expanded[..KEY_LEN]);
     }
 }
 
@@ -130,7 +166,7 @@ impl Drop for Pool {
     fn drop(&mut self) {
         // Inherited state is abandoned, not dropped.
         if self.generation != os::generation() {
-            std::mem::forget(self.key.take());
+            std::mem::forget(self.bytes.take());
         }
     }
 }
@@ -161,18 +197,37 @@ mod tests {
     }
 
     #[test]
-    fn the_key_at_rest_does_not_lead_back() {
+    fn what_rests_does_not_lead_back() {
         let mut slot = None;
         let pool = ready(&mut slot, os::generation()).unwrap();
-        let before = *pool.key_mut();
-        let mut out = [0; 64];
-        pool.draw(Tier::PORTABLE, &mut [&mut out]);
-        let after = *pool.key_mut();
-        let mut stream = [0; 96];
-        kernel::chacha_fill(Tier::PORTABLE, &before, 0, 0, &mut stream);
-        // Handed out: bytes 32.. of the old key's stream; kept: bytes ..32, from which the old key does not follow.
-        assert_eq!((out.as_slice(), after.as_slice()), (&stream[32..], &stream[..32]));
-        assert_ne!(before, after);
+        let seed: [u8; 32] = pool.bytes()[..KEY_LEN].try_into().unwrap();
+        let (mut first, mut second) = ([0; 64], [0; 7]);
+        pool.draw(Tier::PORTABLE, &mut [&mut first, &mut second]);
+        let mut stream = [0; EXPANSION_LEN];
+        kernel::chacha_fill(Tier::PORTABLE, &seed, 0, 0, &mut stream);
+        // Handed out: what follows the first 32 bytes. At rest: those as the key, zeros, and the rest.
+        assert_eq!((&first[..], &second[..]), (&stream[32..96], &stream[96..103]));
+        assert_eq!(pool.bytes()[..KEY_LEN], stream[..KEY_LEN]);
+        assert_eq!(pool.bytes()[KEY_LEN..103], [0; 71]);
+        assert_eq!(pool.bytes()[103..], stream[103..]);
+
+        // The next expansion: the key is replaced, and with it everything that was left.
+        let mut third = [0; 950];
+        pool.draw(Tier::PORTABLE, &mut [&mut third[..], &mut []]);
+        let key = stream[..KEY_LEN].try_into().unwrap();
+        kernel::chacha_fill(Tier::PORTABLE, &key, 0, 0, &mut stream);
+        assert_eq!(third, stream[32..982]);
+        assert_eq!(pool.bytes()[..KEY_LEN], stream[..KEY_LEN]);
+        assert_eq!(pool.bytes()[KEY_LEN..982], [0; 950]);
+
+        // More than an expansion: from a stream of its own, whose first block is the next key.
+        let mut long = [0; 3000];
+        pool.draw(Tier::PORTABLE, &mut [&mut long]);
+        let key = stream[..KEY_LEN].try_into().unwrap();
+        let mut stream = [0; 64 + 3000];
+        kernel::chacha_fill(Tier::PORTABLE, &key, 0, 0, &mut stream);
+        assert_eq!(long, stream[64..]);
+        assert_eq!(pool.bytes()[..KEY_LEN], stream[..KEY_LEN]);
     }
 
     #[test]
@@ -193,9 +248,10 @@ mod tests {
         let mut slot = None;
         let pool = ready(&mut slot, os::generation()).unwrap();
         pool.handed_out = POOL_BYTES_MAX;
-        let before = *pool.key_mut();
+        let before = *pool.bytes();
         let pool = ready(&mut slot, os::generation()).unwrap();
         assert_eq!(pool.handed_out, 0);
-        assert_ne!(before, *pool.key_mut());
+        assert_ne!(before[..KEY_LEN], pool.bytes()[..KEY_LEN]);
+        assert_eq!((pool.next, &pool.bytes()[KEY_LEN..]), (EXPANSION_LEN, &[0; 992][..]));
     }
 }

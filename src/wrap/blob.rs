@@ -68,13 +68,40 @@ impl Layout {
         iv: &[u8; IV_LEN],
         salt: &[u8; SALT_LEN],
     ) {
-        if self.form == Form::SelfDescribing {
-            blob[..BLOB_MAGIC_LEN].copy_from_slice(&MAGIC);
-            blob[VERSION_AT].copy_from_slice(version);
-            blob[IV_AT].copy_from_slice(iv);
-        }
-        if self.scheme == Scheme::Derived {
-            blob[self.head_len()..self.ciphertext_at()].copy_from_slice(salt);
+        self.write_heads(blob, version, std::slice::from_ref(iv), salt);
+    }
+
+    /// Writes everything but ciphertext and tag into each of `blobs`, one for each IV, side by side.
+    pub(crate) fn write_heads(
+        self,
+        blobs: &mut [u8],
+        version: &[u8; KEY_VERSION_ID_LEN],
+        ivs: &[[u8; IV_LEN]],
+        salt: &[u8; SALT_LEN],
+    ) {
+        assert_eq!(blobs.len(), ivs.len() * self.len());
+        let heads = blobs.chunks_exact_mut(self.len()).zip(ivs);
+        match (self.form, self.scheme) {
+            (Form::Raw, Scheme::Direct) => {}
+            (Form::Raw, Scheme::Derived) => {
+                for (blob, _) in heads {
+                    blob[..SALT_LEN].copy_from_slice(salt);
+                }
+            }
+            (Form::SelfDescribing, scheme) => {
+                let mut head = [0; BLOB_HEAD_LEN + SALT_LEN];
+                head[..BLOB_MAGIC_LEN].copy_from_slice(&MAGIC);
+                head[VERSION_AT].copy_from_slice(version);
+                head[BLOB_HEAD_LEN..].copy_from_slice(salt);
+                for (blob, iv) in heads {
+                    if scheme == Scheme::Derived {
+                        blob[..head.len()].copy_from_slice(&head);
+                    } else {
+                        blob[..BLOB_HEAD_LEN].copy_from_slice(&head[..BLOB_HEAD_LEN]);
+                    }
+                    blob[IV_AT].copy_from_slice(iv);
+                }
+            }
         }
     }
 }

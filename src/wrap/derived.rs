@@ -47,7 +47,7 @@ impl XaesKey {
     /// `Machine` if there is no memory.
     pub(crate) fn derive(&self, salt: &[u8; SALT_LEN]) -> Result<GcmKey> {
         let mut pairs = Zeroizing::default();
-        derive_pairs(&[Derivation { root: self, salt: *salt }], &mut pairs);
+        derive_pairs(std::iter::once(Derivation { root: self, salt: *salt }), &mut pairs);
         GcmKey::new(self.tier, &materials(&pairs)[0])
     }
 
@@ -74,7 +74,7 @@ impl XaesKey {
     ) {
         let (salt, iv) = split(nonce);
         let mut derived = DerivedKeys::new();
-        derived.derive_many(&[Derivation { root: self, salt }]);
+        derived.derive_many(std::iter::once(Derivation { root: self, salt }));
         kernel::seal_many(kernel::Seal {
             keys: Keys::One(derived.key(0)),
             ivs: &[iv],
@@ -100,7 +100,7 @@ impl XaesKey {
         let mut verdict = [false];
         if sealed.len() == out.len() + TAG_LEN {
             let mut derived = DerivedKeys::new();
-            derived.derive_many(&[Derivation { root: self, salt }]);
+            derived.derive_many(std::iter::once(Derivation { root: self, salt }));
             kernel::open_many(kernel::Open {
                 keys: Keys::One(derived.key(0)),
                 ivs: &[iv],
@@ -140,14 +140,22 @@ impl DerivedKeys {
 
     /// Derives the AES-256-GCM key of each derivation and sets it up, all of them together, in place of those that were
     /// here. The roots are of one tier.
-    pub(crate) fn derive_many(&mut self, derivations: &[Derivation<'_>]) {
-        let Some(first) = derivations.first() else {
-            self.keys = GcmKeys::new();
+    pub(crate) fn derive_many<'a>(
+        &mut self,
+        derivations: impl ExactSizeIterator<Item = Derivation<'a>> + Clone,
+    ) {
+        let Some(first) = derivations.clone().next() else {
+            self.keys.clear();
             return;
         };
         derive_pairs(derivations, &mut self.pairs);
         self.keys.set_up_many(first.root.tier, materials(&self.pairs));
         self.pairs.as_flattened_mut().as_flattened_mut().zeroize();
+    }
+
+    /// Wipes the keys and keeps their memory.
+    pub(crate) fn clear(&mut self) {
+        self.keys.clear();
     }
 
     /// The key of the derivation at `index`.
@@ -156,17 +164,37 @@ impl DerivedKeys {
     }
 }
 
+impl Default for DerivedKeys {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Keys whose blocks are encrypted together.
+const TOGETHER: usize = 64;
+
 /// Puts the key of each derivation into `pairs`.
-fn derive_pairs(derivations: &[Derivation<'_>], pairs: &mut Vec<BlockPair>) {
+fn derive_pairs<'a>(
+    derivations: impl ExactSizeIterator<Item = Derivation<'a>> + Clone,
+    pairs: &mut Vec<BlockPair>,
+) {
     if pairs.capacity() < derivations.len() {
         // Growing would leave behind what is here: zeros, or keys if something panicked.
         pairs.zeroize();
         pairs.reserve_exact(derivations.len());
     }
     pairs.clear();
-    pairs.extend(derivations.iter().map(|one| one.root.masked_pair(&one.salt)));
-    let keys: Vec<_> = derivations.iter().map(|one| &one.root.block).collect();
-    kernel::encrypt_pairs(&keys, pairs);
+    pairs.extend(derivations.clone().map(|one| one.root.masked_pair(&one.salt)));
+    let mut roots = derivations.map(|one| &one.root.block);
+    for pairs in pairs.chunks_mut(TOGETHER) {
+        let first = roots.next().expect("a root for each pair");
+        let mut keys = [first; TOGETHER];
+        let keys = &mut keys[..pairs.len()];
+        for (place, key) in keys[1..].iter_mut().zip(&mut roots) {
+            *place = key;
+        }
+        kernel::encrypt_pairs(keys, pairs);
+    }
 }
 
 fn materials(pairs: &[BlockPair]) -> &[[u8; 32]] {

@@ -4,20 +4,18 @@
 //! key is made, two threads never use one state at once, and dropping the version wipes them. A state serves at most
 //! 2^20 wraps and one second, and never crosses a fork.
 
-use std::{
-    cell::Cell,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
 };
 
-use crossbeam::atomic::AtomicCell;
+use crossbeam::{atomic::AtomicCell, utils::CachePadded};
+use once_cell::race::OnceBox;
 
 use super::{derived::XaesKey, iv_plus};
 use crate::{
     error::Result,
-    kernel::{GcmKey, Iv},
+    kernel::{GcmKey, Iv, KeyRef},
     limits::{IV_LEN, SALT_LEN, STATE_AGE_MAX, STATE_SLOTS, STATE_WRAPS_MAX},
     os::{self, Generation},
     rng::Rng,
@@ -26,7 +24,8 @@ use crate::{
 // A lock in its place could be held by a thread that a forked child does not have.
 const _: () = assert!(AtomicCell::<Option<Box<WrappingState>>>::is_lock_free());
 
-struct WrappingState {
+/// A salt with its derived key, the next IV, and what is left of its wraps.
+pub(crate) struct WrappingState {
     generation: Generation,
     born_ms: u64,
     salt: [u8; SALT_LEN],
@@ -45,22 +44,32 @@ pub(crate) struct Reserved {
 /// The wrapping states of one key version.
 #[derive(Default)]
 pub(crate) struct StateSlots {
-    slots: [AtomicCell<Option<Box<WrappingState>>>; STATE_SLOTS],
+    /// Made on first use: two kilobytes, and most keys of a large store rest.
+    slots: OnceBox<Slots>,
     resting: AtomicBool,
 }
 
-thread_local! {
-    /// The slot that this thread looks into first.
-    static SLOT: Cell<Option<usize>> = const { Cell::new(None) };
+/// Each on cache lines of its own: threads do not share them.
+#[derive(Default)]
+struct Slots([CachePadded<AtomicCell<Option<Box<WrappingState>>>>; STATE_SLOTS]);
+
+/// What a state is looked for with: the process, the time, and the slot of the thread.
+#[derive(Clone, Copy)]
+pub(crate) struct Moment {
+    generation: Generation,
+    now_ms: u64,
+    slot: usize,
 }
 
-fn slot_of_thread() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    SLOT.get().unwrap_or_else(|| {
-        let slot = NEXT.fetch_add(1, Ordering::Relaxed) % STATE_SLOTS;
-        SLOT.set(Some(slot));
-        slot
-    })
+impl Moment {
+    pub(crate) fn now(rng: &Rng) -> Self {
+        let generation = os::generation();
+        // A deterministic engine must not depend on threads or time.
+        if rng.is_deterministic() {
+            return Self { generation, now_ms: 0, slot: 0 };
+        }
+        Self { generation, now_ms: os::coarse_ms(), slot: os::thread_number() % STATE_SLOTS }
+    }
 }
 
 impl StateSlots {
@@ -71,39 +80,66 @@ impl StateSlots {
     ///
     /// # Errors
     /// `Machine` if there are no random bytes for a new salt.
-    pub(crate) fn reserve(&self, root: &XaesKey, rng: &Rng, count: u64) -> Result<Reserved> {
+    pub(crate) fn reserve(
+        &self,
+        root: &XaesKey,
+        rng: &Rng,
+        moment: Moment,
+        count: u64,
+    ) -> Result<Reserved> {
         assert!(count <= STATE_WRAPS_MAX);
-        let generation = os::generation();
-        // A deterministic engine must not depend on threads or time.
-        let (slot, now_ms) =
-            if rng.is_deterministic() { (0, 0) } else { (slot_of_thread(), os::coarse_ms()) };
-        let usable = match self.slots[slot].take() {
-            Some(inherited) if inherited.generation != generation => {
+        let mut state = self.take(root, rng, moment, count)?;
+        let first_iv = state.advance(count);
+        let reserved = Reserved { salt: state.salt, key: Arc::clone(&state.key), first_iv };
+        self.put_back(state, moment);
+        Ok(reserved)
+    }
+
+    /// Takes the state of the thread's slot out, or a new one if there is none with `count` IVs left. It is the
+    /// caller's alone until [`StateSlots::put_back`].
+    ///
+    /// # Errors
+    /// As [`StateSlots::reserve`].
+    pub(crate) fn take(
+        &self,
+        root: &XaesKey,
+        rng: &Rng,
+        moment: Moment,
+        count: u64,
+    ) -> Result<Box<WrappingState>> {
+        let usable = match self.slot(moment).take() {
+            Some(inherited) if inherited.generation != moment.generation => {
                 std::mem::forget(inherited);
                 None
             }
             found => found.filter(|state| {
                 state.left >= count
-                    && u128::from(now_ms.saturating_sub(state.born_ms)) < STATE_AGE_MAX.as_millis()
+                    && u128::from(moment.now_ms.saturating_sub(state.born_ms))
+                        < STATE_AGE_MAX.as_millis()
             }),
         };
-        let mut state = match usable {
-            Some(state) => state,
-            None => Box::new(WrappingState::new(root, rng, generation, now_ms)?),
-        };
-        let reserved =
-            Reserved { salt: state.salt, key: Arc::clone(&state.key), first_iv: state.next_iv };
-        state.next_iv = iv_plus(&state.next_iv, count);
-        state.left -= count;
-        if os::can_keep_state() && !self.resting.load(Ordering::Acquire) {
-            self.slots[slot].store(Some(state));
-            // `rest` may have passed over the slot while the state was out of it. Take and store are swaps (acquire and
-            // release), so one of the two sees the other.
-            if self.resting.load(Ordering::Acquire) {
-                self.wipe();
-            }
+        match usable {
+            Some(state) => Ok(state),
+            None => Ok(Box::new(WrappingState::new(root, rng, moment)?)),
         }
-        Ok(reserved)
+    }
+
+    /// Puts a state into the slot for the thread's next call.
+    pub(crate) fn put_back(&self, state: Box<WrappingState>, moment: Moment) {
+        if !os::can_keep_state() || self.resting.load(Ordering::Acquire) {
+            return;
+        }
+        // Dropped, if another thread of this slot was faster.
+        drop(self.slot(moment).swap(Some(state)));
+        // `rest` may have passed over the slot while the state was out of it. Take and swap are swaps (acquire and
+        // release), so one of the two sees the other.
+        if self.resting.load(Ordering::Acquire) {
+            self.wipe();
+        }
+    }
+
+    fn slot(&self, moment: Moment) -> &AtomicCell<Option<Box<WrappingState>>> {
+        &self.slots.get_or_init(Box::default).0[moment.slot]
     }
 
     /// Wipes the states and keeps none from now on, until [`StateSlots::wake`]: the version is disabled or rotated.
@@ -118,7 +154,7 @@ impl StateSlots {
     }
 
     fn wipe(&self) {
-        for slot in &self.slots {
+        for slot in self.slots.get().into_iter().flat_map(|slots| &slots.0) {
             if let Some(state) = slot.take()
                 && state.generation != os::generation()
             {
@@ -129,8 +165,8 @@ impl StateSlots {
 
     #[cfg(test)]
     fn kept(&self) -> usize {
-        self.slots
-            .iter()
+        let slots = self.slots.get().into_iter().flat_map(|slots| &slots.0);
+        slots
             .filter(|slot| {
                 let state = slot.take();
                 let some = state.is_some();
@@ -148,19 +184,35 @@ impl Drop for StateSlots {
 }
 
 impl WrappingState {
-    fn new(root: &XaesKey, rng: &Rng, generation: Generation, born_ms: u64) -> Result<Self> {
+    fn new(root: &XaesKey, rng: &Rng, moment: Moment) -> Result<Self> {
         let mut nonce = [0; SALT_LEN + IV_LEN];
         rng.fill(&mut nonce)?;
         let (salt, iv) = nonce.split_at(SALT_LEN);
         let salt = salt.try_into().expect("SALT_LEN");
         Ok(Self {
-            generation,
-            born_ms,
+            generation: moment.generation,
+            born_ms: moment.now_ms,
             salt,
             key: Arc::new(root.derive(&salt)?),
             next_iv: iv.try_into().expect("IV_LEN"),
             left: STATE_WRAPS_MAX,
         })
+    }
+
+    /// Takes the next `count` IVs, of which the state has as many left, and returns the first.
+    pub(crate) fn advance(&mut self, count: u64) -> Iv {
+        let first = self.next_iv;
+        self.next_iv = iv_plus(&first, count);
+        self.left = self.left.checked_sub(count).expect("taken with so many left");
+        first
+    }
+
+    pub(crate) fn salt(&self) -> &[u8; SALT_LEN] {
+        &self.salt
+    }
+
+    pub(crate) fn key(&self) -> KeyRef<'_> {
+        self.key.key()
     }
 }
 
@@ -182,7 +234,7 @@ mod tests {
             (0..2000)
                 .flat_map(|round| {
                     let count = 1 + round % 3;
-                    let reserved = states.reserve(&root, &rng, count).unwrap();
+                    let reserved = states.reserve(&root, &rng, Moment::now(&rng), count).unwrap();
                     (0..count).map(move |i| (reserved.salt, iv_plus(&reserved.first_iv, i)))
                 })
                 .collect()
@@ -197,7 +249,7 @@ mod tests {
     #[test]
     fn a_state_ends_with_its_wraps_and_with_its_second() {
         let ((root, states), rng) = (set_up(), Rng::Os(Tier::PORTABLE));
-        let salt = |count| states.reserve(&root, &rng, count).unwrap().salt;
+        let salt = |count| states.reserve(&root, &rng, Moment::now(&rng), count).unwrap().salt;
         let first = salt(STATE_WRAPS_MAX - 1);
         assert_eq!(salt(1), first);
         let second = salt(1);
@@ -210,7 +262,7 @@ mod tests {
     fn where_forks_cannot_be_told_no_state_is_kept() {
         let ((root, states), rng) = (set_up(), Rng::Os(Tier::PORTABLE));
         os::tests::without_mark(|| {
-            let salt = || states.reserve(&root, &rng, 1).unwrap().salt;
+            let salt = || states.reserve(&root, &rng, Moment::now(&rng), 1).unwrap().salt;
             assert_ne!(salt(), salt());
             assert_eq!(states.kept(), 0);
         });
@@ -219,14 +271,14 @@ mod tests {
     #[test]
     fn resting_slots_keep_nothing() {
         let ((root, states), rng) = (set_up(), Rng::Os(Tier::PORTABLE));
-        states.reserve(&root, &rng, 1).unwrap();
+        states.reserve(&root, &rng, Moment::now(&rng), 1).unwrap();
         assert_eq!(states.kept(), 1);
         states.rest();
         assert_eq!(states.kept(), 0);
-        states.reserve(&root, &rng, 1).unwrap();
+        states.reserve(&root, &rng, Moment::now(&rng), 1).unwrap();
         assert_eq!(states.kept(), 0);
         states.wake();
-        states.reserve(&root, &rng, 1).unwrap();
+        states.reserve(&root, &rng, Moment::now(&rng), 1).unwrap();
         assert_eq!(states.kept(), 1);
     }
 }

@@ -39,8 +39,16 @@ macro_rules! long_kernel {
             let aad_len = match job.aad_len() {
                 Some(aad_len) => aad_len,
                 None => {
-                    let aads = starts.map(|start| job.aads(start).map(<[u8]>::len));
-                    aads.into_iter().flatten().max().unwrap_or(0)
+                    // A loop: the iterator's `max` is a call, which no register survives.
+                    let mut longest = 0;
+                    for start in starts {
+                        for aad in job.aads(start) {
+                            if aad.len() > longest {
+                                longest = aad.len();
+                            }
+                        }
+                    }
+                    longest
                 }
             };
             let mut strip = Strip {
