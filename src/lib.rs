@@ -32,6 +32,7 @@
 //!   and one length with it, [`Engine::generate_data_keys_into`] in memory that is there,
 //!   [`Engine::stream_data_keys`] more than fit in memory, [`Engine::generate_data_key_into`] one in the caller's
 //!   buffers.
+//! - [`KeyPool`]: data keys made ahead of need, handed out at once.
 //! - [`Scheme`]: how a KEK wraps. `Derived` (XAES-256-GCM) has no practical bound; `Direct` is plain AES-GCM, whose
 //!   bound of 2^32 wraps a version is counted durably and enforced.
 //! - [`RootKey`]: opens the store, one SQLite file in which every KEK is sealed and every other row authenticated.
@@ -71,6 +72,7 @@ mod keys;
 pub mod limits;
 mod memory;
 mod os;
+mod pool;
 mod request;
 mod request_id;
 mod rng;
@@ -91,6 +93,7 @@ pub use keys::{
     Alias, KeyHandle, KeyId, KeyMetadata, KeySpec, KeyState, KeyVersionId, KeyVersionMetadata,
     Origin, RotationPeriod,
 };
+pub use pool::{KeyPool, KeyPoolConfig, KeyPoolMetrics};
 pub use request::{
     CreateKey, DecryptRequest, GenerateDataKeyRequest, ImportKey, Operation,
     aads::{AadSource, NoAad, SameAad},
