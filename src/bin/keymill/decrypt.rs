@@ -1,6 +1,6 @@
 //! `keymill decrypt`: unwraps the data keys in a file that `generate` wrote, by `advance_decrypt`.
 
-use std::path::PathBuf;
+use std::{borrow::Cow, path::PathBuf};
 
 use keymill::{DecryptRequest, Engine, ErrorKind};
 
@@ -11,15 +11,20 @@ use crate::{
     lines::Lines,
     output::Output,
     records::{self, Outcome, Parsed},
+    rows::{Fields, Format, PassedOn, Row},
     stream::Stream,
 };
 
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The file that `generate` wrote; `-` is standard input
+    /// The file that `generate` wrote, in either format; `-` is standard input
     #[arg(long = "in", value_name = "FILE")]
     input: PathBuf,
+
+    /// Write JSON Lines, or an Arrow IPC stream
+    #[arg(long, value_enum, default_value_t = Format::Jsonl)]
+    format: Format,
 
     /// Write to this file, mode 0600, which appears when it is complete and replaces one that is
     /// there; `-` is standard output
@@ -29,6 +34,7 @@ pub(crate) struct Args {
 
 const EXAMPLES: &str = r#"Examples:
   keymill decrypt --in keys.jsonl --out plain.jsonl
+  keymill decrypt --in keys.arrow --format arrow --out plain.arrow
   fetch-wrapped | keymill decrypt --in - | use-keys
 
 A line needs CiphertextBlob and, if it was made with AAD, Aad; unless it was made by
@@ -39,7 +45,10 @@ Its result is one line in the same place:
    "RequestId":"..."}
 
 A line that does not open gets an Error line in its place, Error lines are passed on, and the exit
-code is 1 if there is any."#;
+code is 1 if there is any.
+
+An Arrow IPC stream has rows for lines and columns for members; Iv, CiphertextBlob and Aad are
+Binary, LargeBinary or FixedSizeBinary, the others Utf8 or LargeUtf8."#;
 
 pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     interrupt::install()?;
@@ -52,8 +61,48 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
         ));
     }
     let engine = home.open()?;
-    let (mut lines, total) = Lines::open(&args.input)?;
-    let mut stream = Stream::new(Output::open(args.out.as_deref())?, total);
+    let (lines, total) = Lines::open(&args.input)?;
+    let output = Output::open(args.out.as_deref())?;
+    let stream = Stream::new(args.format, Fields::Opened, output, total)?;
+    decrypt(&engine, lines, stream)
+}
+
+#[cfg(not(feature = "arrow"))]
+fn decrypt(engine: &Engine, lines: Lines, stream: Stream) -> Result<()> {
+    decrypt_lines(engine, lines, stream)
+}
+
+/// Decrypts either format: no JSON begins as an Arrow stream does.
+#[cfg(feature = "arrow")]
+fn decrypt(engine: &Engine, mut lines: Lines, mut stream: Stream) -> Result<()> {
+    use crate::{
+        arrow::{self, read::ArrowReader},
+        lines::WINDOW_LINES_MAX,
+    };
+
+    if lines.begins_with(&arrow::FILE_MAGIC)? {
+        return Err(Failure::refused(
+            format!("{} is an Arrow IPC file, and not a stream", lines.name()),
+            "write it again in the streaming format",
+        ));
+    }
+    if !lines.begins_with(&arrow::CONTINUATION)? {
+        return decrypt_lines(engine, lines, stream);
+    }
+    let mut reader = ArrowReader::new(lines)?;
+    while let Some(batch) = reader.next_batch()? {
+        for rows in batch.windows(WINDOW_LINES_MAX) {
+            interrupt::check()?;
+            let first = batch.first_number + rows.start as u64;
+            let items: Vec<_> = rows.map(|row| batch.item(row)).collect();
+            decrypt_window(engine, first, &items, &mut stream)?;
+        }
+        stream.progress.inc(batch.bytes_read);
+    }
+    stream.finish("rows")
+}
+
+fn decrypt_lines(engine: &Engine, mut lines: Lines, mut stream: Stream) -> Result<()> {
     let mut arena = Vec::new();
     while let Some(window) = lines.next_window()? {
         interrupt::check()?;
@@ -63,43 +112,62 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
             .zip(window.iter())
             .map(|(number, line)| records::outcome(line, number, &mut arena))
             .collect();
-        decrypt_window(&engine, first, &parsed, &arena, &mut stream)?;
+        let items: Vec<_> = parsed.iter().map(|line| item(line, &arena)).collect();
+        decrypt_window(engine, first, &items, &mut stream)?;
         stream.progress.inc(window.bytes_read);
     }
     stream.finish("lines")
 }
 
+/// One line or row of the input.
+pub(crate) enum Item<'a> {
+    Request(DecryptRequest<'a>),
+    /// An `Error` line.
+    Line(&'a [u8]),
+    /// An `Error` row of another format.
+    #[cfg_attr(not(feature = "arrow"), expect(dead_code, reason = "there is no other format"))]
+    Row(PassedOn<'a>),
+    /// Neither, and why.
+    Malformed(Cow<'a, str>),
+}
+
+impl<'a> Item<'a> {
+    fn request(&self) -> Option<DecryptRequest<'a>> {
+        match self {
+            Self::Request(request) => Some(*request),
+            _ => None,
+        }
+    }
+}
+
 fn decrypt_window(
     engine: &Engine,
     first: u64,
-    parsed: &[Parsed<Outcome<'_>>],
-    arena: &[u8],
+    items: &[Item<'_>],
     stream: &mut Stream,
 ) -> Result<()> {
-    let requests: Vec<_> =
-        parsed.iter().flatten().filter_map(|outcome| request(outcome, arena)).collect();
+    let requests: Vec<_> = items.iter().filter_map(Item::request).collect();
     let batch = engine.advance_decrypt_batch(&requests)?;
-    let mut index = 0;
-    for (number, line) in (first..).zip(parsed) {
-        match line {
-            Ok(Outcome::Key { .. }) => {
-                match batch.get(index) {
-                    Ok(key) => {
-                        stream.rows.decrypted(&key)?;
-                        stream.made();
-                    }
-                    Err(error) => {
-                        let (id, hint) = (batch.request_id(index), decrypt_hint(error.kind()));
-                        stream.refused_with(number, error, id, hint)?;
-                    }
+    let mut answers = batch.iter().enumerate();
+    let mut rows = Vec::with_capacity(items.len());
+    for (number, item) in (first..).zip(items) {
+        rows.push(match item {
+            Item::Request(_) => match answers.next().expect("an answer for each request") {
+                (_, Ok(key)) => stream.made(Row::Opened(key)),
+                (index, Err(error)) => {
+                    let (id, hint) = (batch.request_id(index), decrypt_hint(error.kind()));
+                    stream.refused_with(number, error, id, hint)
                 }
-                index += 1;
+            },
+            Item::Line(line) => {
+                let row = stream.rows.of_line(line);
+                stream.passed_on(number, row)
             }
-            Ok(Outcome::Refused(line)) => stream.passed_on(number, line)?,
-            Err(why) => stream.malformed(number, why)?,
-        }
+            Item::Row(row) => stream.passed_on(number, Row::PassedOn(row.clone())),
+            Item::Malformed(why) => stream.malformed(number, why)?,
+        });
     }
-    stream.rows.flush()
+    stream.rows.write(&rows)
 }
 
 /// What to do next about a line that does not open: a new key never helps.
@@ -113,13 +181,18 @@ fn decrypt_hint(kind: ErrorKind) -> &'static str {
     }
 }
 
-/// The engine's request for a line; `None` for an `Error` line.
-fn request<'a>(outcome: &'a Outcome<'_>, arena: &'a [u8]) -> Option<DecryptRequest<'a>> {
-    let Outcome::Key { key_id, iv, blob, algorithm, aad } = outcome else { return None };
-    let mut request = DecryptRequest::new(&arena[blob.clone()]);
-    request.key_id = key_id.as_deref();
-    request.iv = iv.clone().map(|iv| &arena[iv]);
-    request.aad = &arena[aad.clone()];
-    request.algorithm = algorithm.as_deref();
-    Some(request)
+/// A line as the engine or the output needs it.
+fn item<'a>(line: &'a Parsed<Outcome<'_>>, arena: &'a [u8]) -> Item<'a> {
+    match line {
+        Ok(Outcome::Key { key_id, iv, blob, algorithm, aad }) => {
+            let mut request = DecryptRequest::new(&arena[blob.clone()]);
+            request.key_id = key_id.as_deref();
+            request.iv = iv.clone().map(|iv| &arena[iv]);
+            request.aad = &arena[aad.clone()];
+            request.algorithm = algorithm.as_deref();
+            Item::Request(request)
+        }
+        Ok(Outcome::Refused(line)) => Item::Line(line),
+        Err(why) => Item::Malformed(why.into()),
+    }
 }

@@ -1,10 +1,13 @@
 //! `keymill generate`: data keys, many for one key or one for each line of a request file.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use base64_simd::STANDARD;
 use clap::ArgGroup;
-use keymill::{DataKeyBatch, Engine, GenerateDataKeyRequest};
+use keymill::{DataKeyBatch, Engine, GenerateDataKeyRequest, Operation, SameAad};
 
 use crate::{
     failure::Result,
@@ -14,6 +17,7 @@ use crate::{
     output::Output,
     progress::Total,
     records::{self, Parsed, Request},
+    rows::{Fields, Format, Row, Window},
     stream::Stream,
     warnings,
 };
@@ -57,6 +61,10 @@ pub(crate) struct Args {
     #[arg(long)]
     without_plaintext: bool,
 
+    /// Write JSON Lines, or an Arrow IPC stream
+    #[arg(long, value_enum, default_value_t = Format::Jsonl)]
+    format: Format,
+
     /// Write to this file, mode 0600, which appears when it is complete and replaces one that is
     /// there; `-` is standard output
     #[arg(long, value_name = "FILE")]
@@ -68,6 +76,7 @@ const EXAMPLES: &str = r#"Examples:
   keymill generate --key alias/app --count 1000000 --aad volume-7 --out keys.jsonl
   keymill generate --requests requests.jsonl --advance --without-plaintext --out wrapped.jsonl
   make-requests | keymill generate --requests - | use-keys
+  keymill generate --key alias/app --count 1000000 --format arrow --out keys.arrow
 
 A request is one line, its Aad in base64 and optional:
   {"KeyId":"alias/app","NumberOfBytes":32,"Aad":"dm9sdW1lLTc="}
@@ -77,7 +86,10 @@ Its result is one line in the same place, its byte fields in base64:
    "Algorithm":"AES_GCM","Aad":"dm9sdW1lLTc=","RequestId":"..."}
 
 A refused line gets {"Error":{"Code":"...","Message":"..."},"RequestId":"..."} in its place; the
-others are made all the same, and the exit code is 1."#;
+others are made all the same, and the exit code is 1.
+
+--format arrow writes an Arrow IPC stream instead: columns of the same names, bytes as they are, and
+a struct Error that is null unless the request was refused."#;
 
 fn count(text: &str) -> std::result::Result<u64, String> {
     text.parse().map_err(|_| format!("it is an integer from 0 to {}, in digits alone", u64::MAX))
@@ -88,43 +100,16 @@ fn number_of_bytes(text: &str) -> std::result::Result<u32, String> {
         .map_err(|_| "InvalidParameter: NumberOfBytes is an integer from 1 to 1024".to_owned())
 }
 
-/// One of the four operations.
-#[derive(Clone, Copy)]
-struct Operation {
-    advance: bool,
-    without_plaintext: bool,
-}
-
-impl Operation {
-    fn run(
-        self,
-        engine: &Engine,
-        requests: &[GenerateDataKeyRequest<'_>],
-    ) -> keymill::Result<DataKeyBatch> {
-        match (self.advance, self.without_plaintext) {
-            (false, false) => engine.generate_data_key_batch(requests),
-            (false, true) => engine.generate_data_key_without_plaintext_batch(requests),
-            (true, false) => engine.advance_generate_data_key_batch(requests),
-            (true, true) => engine.advance_generate_data_key_without_plaintext_batch(requests),
-        }
-    }
-}
-
 pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     interrupt::install()?;
-    let operation = Operation { advance: args.advance, without_plaintext: args.without_plaintext };
-    let out = args.out.as_deref();
-    home.spare(out)?;
+    home.spare(args.out.as_deref())?;
     let engine = match &args.key {
         Some(key) if args.create => home.open_or_create(key)?,
         _ => home.open()?,
     };
     let done = match (&args.requests, &args.key) {
-        (Some(requests), _) => answer_lines(&engine, operation, requests, out),
-        (None, Some(key)) => {
-            let request = GenerateDataKeyRequest::new(key, args.bytes).aad(args.aad.as_bytes());
-            repeat(&engine, operation, request, args.count, out)
-        }
+        (Some(requests), _) => answer_lines(&engine, args, requests),
+        (None, Some(key)) => repeat(&engine, args, key),
         // Clap asks for one of them.
         (None, None) => Ok(()),
     };
@@ -135,51 +120,113 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     done
 }
 
-/// Makes `count` data keys for the same request.
-fn repeat(
-    engine: &Engine,
-    operation: Operation,
-    request: GenerateDataKeyRequest<'_>,
-    count: u64,
-    out: Option<&Path>,
-) -> Result<()> {
-    let aad = STANDARD.encode_to_string(request.aad);
-    let mut stream = Stream::new(Output::open(out)?, Total::Keys(count));
-    let window = usize::try_from(count).unwrap_or(usize::MAX).min(WINDOW_LINES_MAX);
-    let requests = vec![request; window];
-    let mut made = 0;
-    while made < count {
-        interrupt::check()?;
-        let len = usize::try_from(count - made).unwrap_or(usize::MAX).min(window);
-        let batch = operation.run(engine, &requests[..len])?;
-        for (index, key) in batch.iter().enumerate() {
-            match key {
-                Ok(key) => {
-                    stream.rows.data_key(&key, &aad)?;
-                    stream.made();
-                }
-                Err(error) => {
-                    stream.refused(made + index as u64 + 1, error, batch.request_id(index))?;
-                }
-            }
+impl Args {
+    fn operation(&self) -> Operation {
+        match (self.advance, self.without_plaintext) {
+            (false, false) => Operation::GenerateDataKey,
+            (false, true) => Operation::GenerateDataKeyWithoutPlaintext,
+            (true, false) => Operation::AdvanceGenerateDataKey,
+            (true, true) => Operation::AdvanceGenerateDataKeyWithoutPlaintext,
         }
-        stream.rows.flush()?;
-        made += len as u64;
-        stream.progress.inc(len as u64);
     }
-    stream.finish("data keys")
+
+    fn open_stream(&self, total: Total) -> Result<Stream> {
+        let fields = Fields::Generated { plaintext: !self.without_plaintext };
+        Stream::new(self.format, fields, Output::open(self.out.as_deref())?, total)
+    }
+}
+
+/// Makes `args.count` data keys for one key.
+fn repeat(engine: &Engine, args: &Args, key: &str) -> Result<()> {
+    let (operation, count, aad) = (args.operation(), args.count, args.aad.as_bytes());
+    let aad_text = STANDARD.encode_to_string(aad);
+    let stream = args.open_stream(Total::Keys(count))?;
+    let mut answers = Repeated { stream, aad, aad_text, made: 0 };
+    let windows = engine.key(key).and_then(|handle| {
+        engine.stream_data_keys(&handle, operation, args.bytes, count, SameAad(aad.to_vec()))
+    });
+    // A stream is refused as a whole, or ends where its key does not serve any more. Each key that is missing then is
+    // answered for itself, below.
+    for batch in windows.into_iter().flatten().map_while(keymill::Result::ok) {
+        interrupt::check()?;
+        answers.write(&batch)?;
+    }
+    let request = GenerateDataKeyRequest::new(key, args.bytes).aad(aad);
+    let mut batch = DataKeyBatch::new();
+    let mut requests = Vec::new();
+    while answers.made < count {
+        interrupt::check()?;
+        let missing = usize::try_from(count - answers.made).unwrap_or(usize::MAX);
+        requests.resize(missing.min(WINDOW_LINES_MAX), request);
+        engine.generate_data_key_batch_into(&mut batch, operation, &requests)?;
+        answers.write(&batch)?;
+    }
+    answers.stream.finish("data keys")
+}
+
+/// The answers to one request, over and over.
+struct Repeated<'a> {
+    stream: Stream,
+    aad: &'a [u8],
+    aad_text: String,
+    made: u64,
+}
+
+impl Repeated<'_> {
+    fn write(&mut self, batch: &DataKeyBatch) -> Result<()> {
+        let Self { stream, aad, aad_text, made } = self;
+        let refused = batch.errors();
+        stream.made_many((batch.len() - refused.len()) as u64);
+        for error in refused {
+            let index = error.index().unwrap_or_default();
+            stream.refused(*made + index as u64 + 1, error, batch.request_id(index));
+        }
+        stream.rows.write(&Same { batch, aad, aad_text })?;
+        stream.progress.inc(batch.len() as u64);
+        *made += batch.len() as u64;
+        Ok(())
+    }
+}
+
+/// A window of data keys with one AAD and one length.
+struct Same<'a> {
+    batch: &'a DataKeyBatch,
+    aad: &'a [u8],
+    aad_text: &'a str,
+}
+
+impl Same<'_> {
+    fn row(&self, index: usize) -> Row<'_> {
+        match self.batch.get(index) {
+            Ok(key) => Row::Key { key, aad: self.aad, aad_text: self.aad_text },
+            Err(error) => Row::of_error(error, self.batch.request_id(index)),
+        }
+    }
+}
+
+impl Window for Same<'_> {
+    fn len(&self) -> usize {
+        self.batch.len()
+    }
+
+    fn each<'s>(&'s self, rows: Range<usize>, mut with: impl FnMut(&Row<'s>)) {
+        rows.for_each(|index| with(&self.row(index)));
+    }
+
+    /// Rows that were made are all alike.
+    fn largest(&self, measure: impl Fn(&Row<'_>) -> usize) -> usize {
+        let made = (0..self.batch.len()).find(|index| self.batch.get(*index).is_ok());
+        let refused = self.batch.errors().iter().filter_map(keymill::Error::index);
+        made.into_iter().chain(refused).map(|index| measure(&self.row(index))).max().unwrap_or(0)
+    }
 }
 
 /// Makes a data key for each line of a request file.
-fn answer_lines(
-    engine: &Engine,
-    operation: Operation,
-    requests: &Path,
-    out: Option<&Path>,
-) -> Result<()> {
+fn answer_lines(engine: &Engine, args: &Args, requests: &Path) -> Result<()> {
     let (mut lines, total) = Lines::open(requests)?;
-    let mut stream = Stream::new(Output::open(out)?, total);
+    let mut stream = args.open_stream(total)?;
     let mut arena = Vec::new();
+    let mut batch = DataKeyBatch::new();
     while let Some(window) = lines.next_window()? {
         interrupt::check()?;
         arena.clear();
@@ -188,44 +235,42 @@ fn answer_lines(
             .zip(window.iter())
             .map(|(number, line)| records::request(line, number, &mut arena))
             .collect();
-        answer_window(engine, operation, first, &parsed, &arena, &mut stream)?;
+        let requests: Vec<_> = parsed
+            .iter()
+            .flatten()
+            .map(|request| {
+                GenerateDataKeyRequest::new(&request.key_id, request.number_of_bytes)
+                    .aad(&arena[request.aad.clone()])
+            })
+            .collect();
+        engine.generate_data_key_batch_into(&mut batch, args.operation(), &requests)?;
+        answer_window(first, &parsed, &arena, &batch, &mut stream)?;
         stream.progress.inc(window.bytes_read);
     }
     stream.finish("requests")
 }
 
+/// Writes the row of every line: that of the batch if it was a request.
 fn answer_window(
-    engine: &Engine,
-    operation: Operation,
     first: u64,
     parsed: &[Parsed<Request<'_>>],
     arena: &[u8],
+    batch: &DataKeyBatch,
     stream: &mut Stream,
 ) -> Result<()> {
-    let requests: Vec<_> = parsed
-        .iter()
-        .flatten()
-        .map(|request| {
-            GenerateDataKeyRequest::new(&request.key_id, request.number_of_bytes)
-                .aad(&arena[request.aad.clone()])
-        })
-        .collect();
-    let batch = operation.run(engine, &requests)?;
-    let mut index = 0;
+    let mut answers = batch.iter().enumerate();
+    let mut rows = Vec::with_capacity(parsed.len());
     for (number, line) in (first..).zip(parsed) {
-        match line {
-            Ok(request) => {
-                match batch.get(index) {
-                    Ok(key) => {
-                        stream.rows.data_key(&key, &request.aad_text)?;
-                        stream.made();
-                    }
-                    Err(error) => stream.refused(number, error, batch.request_id(index))?,
+        rows.push(match line {
+            Ok(request) => match answers.next().expect("an answer for each request") {
+                (_, Ok(key)) => {
+                    let (aad, aad_text) = (&arena[request.aad.clone()], &*request.aad_text);
+                    stream.made(Row::Key { key, aad, aad_text })
                 }
-                index += 1;
-            }
+                (index, Err(error)) => stream.refused(number, error, batch.request_id(index)),
+            },
             Err(why) => stream.malformed(number, why)?,
-        }
+        });
     }
-    stream.rows.flush()
+    stream.rows.write(&rows)
 }

@@ -72,6 +72,8 @@ pub(crate) struct Lines {
     /// The lines of the window. `None` is one that was too long.
     ranges: Vec<Option<Range<usize>>>,
     lines_before: u64,
+    /// Bytes that were read before the first window.
+    peeked: u64,
     /// In the middle of a line that is too long.
     skipping: bool,
     /// The source has ended.
@@ -100,6 +102,7 @@ impl Lines {
             end: 0,
             ranges: Vec::new(),
             lines_before: 0,
+            peeked: 0,
             skipping: false,
             ended: false,
         }
@@ -112,7 +115,7 @@ impl Lines {
         self.buffer.copy_within(self.start..self.end, 0);
         self.end -= self.start;
         self.start = 0;
-        let mut bytes_read = 0;
+        let mut bytes_read = std::mem::take(&mut self.peeked);
         loop {
             self.cut_lines();
             if self.ranges.len() == WINDOW_LINES_MAX || self.end == BUFFER_LEN || self.ended {
@@ -175,21 +178,54 @@ impl Lines {
 
     /// Reads once. Returns the number of bytes; none at the end, which is noted.
     fn read(&mut self) -> Result<usize> {
-        loop {
-            interrupt::check()?;
-            match self.source.read(&mut self.buffer[self.end..]) {
-                Ok(read) => {
-                    self.end += read;
-                    self.ended = read == 0;
-                    return Ok(read);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    return Err(Failure::broke(
-                        format!("cannot read {}: {error}", self.name),
-                        "name a file that can be read, or `-` for standard input",
-                    ));
-                }
+        let read = read(&mut *self.source, &self.name, &mut self.buffer[self.end..])?;
+        self.end += read;
+        self.ended = read == 0;
+        Ok(read)
+    }
+
+    /// Whether the source begins with `mark`. Reads no more than it takes to see that, and nothing is lost.
+    #[cfg(feature = "arrow")]
+    pub(crate) fn begins_with(&mut self, mark: &[u8]) -> Result<bool> {
+        while mark.len() > self.end && mark.starts_with(&self.buffer[..self.end]) && !self.ended {
+            self.peeked += self.read()? as u64;
+        }
+        Ok(self.buffer[..self.end].starts_with(mark))
+    }
+
+    /// Fills `out` with what comes next, lines or not, and returns how many bytes there were: fewer at the end alone.
+    #[cfg(feature = "arrow")]
+    pub(crate) fn take(&mut self, out: &mut [u8]) -> Result<usize> {
+        let mut filled = out.len().min(self.end - self.start);
+        out[..filled].copy_from_slice(&self.buffer[self.start..self.start + filled]);
+        self.start += filled;
+        while filled < out.len() && !self.ended {
+            let read = read(&mut *self.source, &self.name, &mut out[filled..])?;
+            filled += read;
+            self.ended = read == 0;
+        }
+        Ok(filled)
+    }
+
+    /// What the source is called in messages.
+    #[cfg(feature = "arrow")]
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// Reads once. No bytes are the end.
+fn read(source: &mut dyn Read, name: &str, out: &mut [u8]) -> Result<usize> {
+    loop {
+        interrupt::check()?;
+        match source.read(out) {
+            Ok(read) => return Ok(read),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                return Err(Failure::broke(
+                    format!("cannot read {name}: {error}"),
+                    "name a file that can be read, or `-` for standard input",
+                ));
             }
         }
     }

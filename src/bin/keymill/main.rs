@@ -2,10 +2,13 @@
 //!
 //! This file reads the arguments, calls the command, and turns its end into messages and an exit code: 0 done,
 //! 1 refused (usage errors and any refused line included), 2 broke. `failure` holds the messages, `home` finds and
-//! opens the key store, `lines`, `records`, `rows` and `output` stream JSON Lines in bounded memory, and `stream` ties
-//! them together. Only the library's public API is used.
+//! opens the key store, `lines` and `records` read JSON Lines in bounded memory, `rows`, `json` and `output` write
+//! them, `arrow` reads and writes Arrow IPC streams, and `stream` ties them together. Only the library's public API is
+//! used.
 
 mod alias;
+#[cfg(feature = "arrow")]
+mod arrow;
 #[cfg(feature = "bench")]
 mod bench;
 mod decrypt;
@@ -16,6 +19,7 @@ mod import;
 mod info;
 mod init;
 mod interrupt;
+mod json;
 mod key;
 mod lines;
 mod output;

@@ -7,6 +7,7 @@
 use std::{
     fs::{self, File},
     io::{self, IsTerminal, Write},
+    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
@@ -22,24 +23,20 @@ pub(crate) const DASH: &str = "-";
 
 /// An open output.
 pub(crate) enum Output {
-    Stdout,
+    /// Not the standard library's own: its line buffer would keep a copy of the rows that passed it.
+    Stdout(File),
     /// A pipe or a device.
-    Direct {
-        file: File,
-        path: PathBuf,
-    },
+    Direct { file: File, path: PathBuf },
     /// A regular file, not yet in its place.
-    File {
-        unfinished: NamedTempFile,
-        path: PathBuf,
-    },
+    File { unfinished: NamedTempFile, path: PathBuf },
 }
 
 impl Output {
     /// Opens `path`; `-` and `None` are standard output.
     pub(crate) fn open(path: Option<&Path>) -> Result<Self> {
         let Some(path) = path.filter(|path| *path != Path::new(DASH)) else {
-            return Ok(Self::Stdout);
+            let stdout = io::stdout().as_fd().try_clone_to_owned();
+            return Ok(Self::Stdout(stdout.map_err(|error| Failure::stdout(&error))?.into()));
         };
         let fail = |error: io::Error| Failure::file("cannot write", path, &error);
         let path = match fs::metadata(path) {
@@ -75,8 +72,7 @@ impl Output {
     /// Whether rows appear on a terminal.
     pub(crate) fn is_terminal(&self) -> bool {
         match self {
-            Self::Stdout => io::stdout().is_terminal(),
-            Self::Direct { file, .. } => file.is_terminal(),
+            Self::Stdout(file) | Self::Direct { file, .. } => file.is_terminal(),
             Self::File { .. } => false,
         }
     }
@@ -84,8 +80,7 @@ impl Output {
     /// Writes whole rows.
     pub(crate) fn write(&mut self, rows: &[u8]) -> Result<()> {
         match self {
-            // Whole lines pass standard output's line buffer without resting in it.
-            Self::Stdout => io::stdout().lock().write_all(rows).map_err(|e| Failure::stdout(&e)),
+            Self::Stdout(file) => file.write_all(rows).map_err(|error| Failure::stdout(&error)),
             Self::Direct { file, path } => file.write_all(rows).map_err(|error| {
                 if error.kind() == io::ErrorKind::BrokenPipe {
                     return Failure::stdout(&error);
@@ -101,8 +96,7 @@ impl Output {
     /// Completes the output. Dropped without this, a file is removed.
     pub(crate) fn finish(self) -> Result<()> {
         match self {
-            Self::Stdout => io::stdout().lock().flush().map_err(|error| Failure::stdout(&error)),
-            Self::Direct { .. } => Ok(()),
+            Self::Stdout(_) | Self::Direct { .. } => Ok(()),
             Self::File { unfinished, path } => {
                 let fail = |error: &io::Error| Failure::file("cannot complete", &path, error);
                 unfinished.as_file().sync_all().map_err(|error| fail(&error))?;

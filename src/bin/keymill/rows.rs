@@ -1,136 +1,158 @@
-//! Writes result rows: JSON by hand into one buffer, base64 straight into it.
-//!
-//! The buffer holds plaintext keys, so it has its full size from the start: growing would leave a copy behind in freed
-//! memory. Ids, algorithm and base64 need no escaping; error messages go through `serde_json`.
+//! What a command answers, row by row, and the formats in which rows are written.
 
-use base64_simd::STANDARD;
+use std::{borrow::Cow, ops::Range};
+
+use clap::ValueEnum;
 use keymill::{DataKeyRef, DecryptedRef, Error, RequestId};
-use zeroize::Zeroizing;
 
-use crate::{
-    failure::{Failure, Result, hint},
-    lines::LINE_LEN_MAX,
-    output::Output,
-};
+#[cfg(feature = "arrow")]
+use crate::arrow::write::ArrowRows;
+use crate::{failure::Result, json::JsonRows, output::Output};
 
-/// Bytes of the buffer.
-const BUFFER_LEN: usize = 1 << 20;
-/// No row is longer: the longest is an `Error` line that `decrypt` hands on; a data key of 1,024 bytes with 8,192 bytes
-/// of AAD takes 14 KiB.
-const ROW_LEN_MAX: usize = 2 * LINE_LEN_MAX;
+/// One row. Rows borrow the batch that they are results of.
+#[derive(Clone)]
+pub(crate) enum Row<'a> {
+    /// A data key.
+    Key {
+        key: DataKeyRef<'a>,
+        #[cfg_attr(not(feature = "arrow"), expect(dead_code, reason = "JSON has it in base64"))]
+        aad: &'a [u8],
+        /// The same in base64, as the request had it.
+        aad_text: &'a str,
+    },
+    /// An unwrapped data key.
+    Opened(DecryptedRef<'a>),
+    /// A request that was refused, by the engine or before it.
+    Refused { code: &'static str, message: String, id: [u8; 16] },
+    /// An `Error` line of the input, as it is.
+    Line(&'a [u8]),
+    /// An `Error` row of the input in another format than the output's, or in a binary one.
+    PassedOn(PassedOn<'a>),
+}
 
-const _: () = assert!(ROW_LEN_MAX < BUFFER_LEN);
+/// What an `Error` row says. Nothing in it is ours, so anything may be missing.
+#[derive(Clone, Debug)]
+pub(crate) struct PassedOn<'a> {
+    pub(crate) code: Option<Cow<'a, str>>,
+    pub(crate) message: Option<Cow<'a, str>>,
+    pub(crate) request_id: Option<Cow<'a, str>>,
+}
+
+impl PassedOn<'_> {
+    /// Bytes of its texts.
+    pub(crate) fn len(&self) -> usize {
+        let texts = [&self.code, &self.message, &self.request_id];
+        texts.into_iter().flatten().map(|text| text.len()).sum()
+    }
+}
+
+/// The rows of a window, for the threads that format them. Not a vector of all rows: making one takes a sixth of the
+/// time in which `generate` makes a data key and its line.
+pub(crate) trait Window: Sync {
+    fn len(&self) -> usize;
+
+    /// Calls `with` for each of `rows` in their order.
+    fn each<'s>(&'s self, rows: Range<usize>, with: impl FnMut(&Row<'s>));
+
+    /// The largest of what `measure` says of each row.
+    fn largest(&self, measure: impl Fn(&Row<'_>) -> usize) -> usize {
+        let mut largest = 0;
+        self.each(0..self.len(), |row| largest = largest.max(measure(row)));
+        largest
+    }
+}
+
+impl Window for Vec<Row<'_>> {
+    fn len(&self) -> usize {
+        self.len()
+    }
+
+    fn each<'s>(&'s self, rows: Range<usize>, with: impl FnMut(&Row<'s>)) {
+        self[rows].iter().for_each(with);
+    }
+}
+
+impl Row<'_> {
+    /// The row of a request that the engine refused.
+    pub(crate) fn of_error(error: &Error, id: RequestId) -> Self {
+        Self::Refused { code: error.code(), message: error.message(), id: *id.as_bytes() }
+    }
+
+    #[cfg(feature = "arrow")]
+    pub(crate) fn is_refusal(&self) -> bool {
+        !matches!(self, Self::Key { .. } | Self::Opened(_))
+    }
+}
+
+/// How rows are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    // Not documentation, which `--help` would spread over a page.
+    // JSON Lines, bytes in base64.
+    Jsonl,
+    // An Arrow IPC stream, bytes as they are.
+    #[cfg(feature = "arrow")]
+    Arrow,
+}
+
+/// Which fields the rows of a command have, beside `Error`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fields {
+    /// Those of a generated data key.
+    Generated { plaintext: bool },
+    /// Those of an unwrapped one.
+    Opened,
+}
 
 /// Rows on their way to an output.
-pub(crate) struct Rows {
-    buffer: Zeroizing<Vec<u8>>,
-    output: Output,
+pub(crate) enum Rows {
+    Json(JsonRows),
+    #[cfg(feature = "arrow")]
+    Arrow(Box<ArrowRows>),
 }
 
 impl Rows {
-    pub(crate) fn new(output: Output) -> Self {
-        Self { buffer: Zeroizing::new(Vec::with_capacity(BUFFER_LEN)), output }
-    }
-
-    /// The row of a data key. `aad` is base64.
-    pub(crate) fn data_key(&mut self, key: &DataKeyRef<'_>, aad: &str) -> Result<()> {
-        self.begin()?;
-        self.text("{\"KeyId\":\"", key.key_id().as_str());
-        self.text("\",\"KeyVersionId\":\"", key.key_version_id().as_str());
-        self.base64("\",\"Iv\":\"", key.iv());
-        if let Some(plaintext) = key.plaintext() {
-            self.base64("\",\"Plaintext\":\"", plaintext);
+    /// # Errors
+    /// Refuses to show binary rows to people.
+    #[cfg_attr(not(feature = "arrow"), expect(unused_variables, reason = "columns alone need it"))]
+    pub(crate) fn new(format: Format, fields: Fields, output: Output) -> Result<Self> {
+        match format {
+            Format::Jsonl => Ok(Self::Json(JsonRows::new(output))),
+            #[cfg(feature = "arrow")]
+            Format::Arrow => Ok(Self::Arrow(Box::new(ArrowRows::new(fields, output)?))),
         }
-        self.base64("\",\"CiphertextBlob\":\"", key.ciphertext_blob());
-        self.text("\",\"Algorithm\":\"", key.algorithm());
-        self.text("\",\"Aad\":\"", aad);
-        self.end(key.request_id());
-        Ok(())
     }
 
-    /// The row of an unwrapped data key.
-    pub(crate) fn decrypted(&mut self, key: &DecryptedRef<'_>) -> Result<()> {
-        self.begin()?;
-        self.text("{\"KeyId\":\"", key.key_id().as_str());
-        self.text("\",\"KeyVersionId\":\"", key.key_version_id().as_str());
-        self.base64("\",\"Plaintext\":\"", key.plaintext());
-        self.text("\",\"Algorithm\":\"", key.algorithm());
-        self.end(key.request_id());
-        Ok(())
+    /// Writes a window of rows, none of which waits for further input.
+    pub(crate) fn write(&mut self, rows: &impl Window) -> Result<()> {
+        match self {
+            Self::Json(json) => json.write(rows),
+            #[cfg(feature = "arrow")]
+            Self::Arrow(arrow) => arrow.write(rows),
+        }
     }
 
-    /// The row of a request that the engine refused.
-    pub(crate) fn refused(&mut self, error: &Error, id: RequestId) -> Result<()> {
-        self.error(error.code(), &error.message(), *id.as_bytes())
-    }
-
-    /// The row of a line that never reached the engine. It has a random id of its own.
-    pub(crate) fn malformed(&mut self, code: &str, message: &str) -> Result<()> {
-        let mut id = [0; 16];
-        getrandom::fill(&mut id).map_err(|error| {
-            Failure::broke(
-                format!("the operating system gave no random bytes: {error}"),
-                hint(keymill::ErrorKind::Machine),
-            )
-        })?;
-        self.error(code, message, uuid::Builder::from_random_bytes(id).into_uuid().into_bytes())
-    }
-
-    /// A line as it is.
-    pub(crate) fn unchanged(&mut self, line: &[u8]) -> Result<()> {
-        self.begin()?;
-        self.buffer.extend_from_slice(line);
-        self.buffer.push(b'\n');
-        Ok(())
-    }
-
-    /// Writes what is in the buffer: at the end of each window, so that nothing waits for further input.
-    pub(crate) fn flush(&mut self) -> Result<()> {
-        let written = self.output.write(&self.buffer);
-        self.buffer.clear();
-        written
+    /// The row of an `Error` line.
+    pub(crate) fn of_line<'a>(&self, line: &'a [u8]) -> Row<'a> {
+        match self {
+            Self::Json(_) => Row::Line(line),
+            #[cfg(feature = "arrow")]
+            Self::Arrow(_) => Row::PassedOn(crate::json::passed_on(line)),
+        }
     }
 
     /// Completes the output.
-    pub(crate) fn finish(mut self) -> Result<()> {
-        self.flush()?;
-        self.output.finish()
+    pub(crate) fn finish(self) -> Result<()> {
+        match self {
+            Self::Json(json) => json.finish(),
+            #[cfg(feature = "arrow")]
+            Self::Arrow(arrow) => arrow.finish(),
+        }
     }
+}
 
-    /// Makes room for a row.
-    fn begin(&mut self) -> Result<()> {
-        if self.buffer.len() > BUFFER_LEN - ROW_LEN_MAX { self.flush() } else { Ok(()) }
-    }
-
-    fn text(&mut self, before: &str, text: &str) {
-        self.buffer.extend_from_slice(before.as_bytes());
-        self.buffer.extend_from_slice(text.as_bytes());
-    }
-
-    fn base64(&mut self, before: &str, bytes: &[u8]) {
-        self.buffer.extend_from_slice(before.as_bytes());
-        STANDARD.encode_append(bytes, &mut *self.buffer);
-    }
-
-    fn error(&mut self, code: &str, message: &str, id: [u8; 16]) -> Result<()> {
-        self.begin()?;
-        self.text("{\"Error\":{\"Code\":\"", code);
-        self.buffer.extend_from_slice(b"\",\"Message\":");
-        self.buffer.extend_from_slice(serde_json::Value::from(message).to_string().as_bytes());
-        self.buffer.push(b'}');
-        self.request_id(",\"RequestId\":\"", id);
-        Ok(())
-    }
-
-    fn end(&mut self, id: RequestId) {
-        self.request_id("\",\"RequestId\":\"", *id.as_bytes());
-    }
-
-    fn request_id(&mut self, before: &str, id: [u8; 16]) {
-        // `RequestId` prints the same, through the slower formatting machinery.
-        let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
-        let text = uuid::Uuid::from_bytes(id).hyphenated().encode_lower(&mut text);
-        self.text(before, text);
-        self.buffer.extend_from_slice(b"\"}\n");
-    }
+/// A request id as text. `RequestId` prints the same, through the slower formatting machinery.
+pub(crate) fn with_id_text<T>(id: [u8; 16], with: impl FnOnce(&str) -> T) -> T {
+    let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
+    with(uuid::Uuid::from_bytes(id).hyphenated().encode_lower(&mut text))
 }

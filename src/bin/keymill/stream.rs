@@ -7,7 +7,7 @@ use crate::{
     failure::{Failure, Result, Status, hint},
     output::Output,
     progress::{self, Total},
-    rows::Rows,
+    rows::{Fields, Format, Row, Rows},
 };
 
 /// A run of a streaming command.
@@ -30,18 +30,25 @@ struct Refusal {
 }
 
 impl Stream {
-    pub(crate) fn new(output: Output, total: Total) -> Self {
-        let progress = progress::bar(total, &output);
-        Self { rows: Rows::new(output), progress, total: 0, refused: 0, reported: None, same: true }
+    pub(crate) fn new(format: Format, fields: Fields, out: Output, total: Total) -> Result<Self> {
+        let progress = progress::bar(total, &out);
+        let rows = Rows::new(format, fields, out)?;
+        Ok(Self { rows, progress, total: 0, refused: 0, reported: None, same: true })
     }
 
-    /// Counts an item that was made.
-    pub(crate) fn made(&mut self) {
+    /// Counts the row of an item that was made.
+    pub(crate) fn made<'a>(&mut self, row: Row<'a>) -> Row<'a> {
         self.total += 1;
+        row
     }
 
-    /// Writes the row of item `number` (counted from 1), which the engine refused.
-    pub(crate) fn refused(&mut self, number: u64, error: &Error, id: RequestId) -> Result<()> {
+    /// Counts items that were made.
+    pub(crate) fn made_many(&mut self, count: u64) {
+        self.total += count;
+    }
+
+    /// Counts item `number` (counted from 1), which the engine refused, and returns its row.
+    pub(crate) fn refused(&mut self, number: u64, error: &Error, id: RequestId) -> Row<'static> {
         self.refused_with(number, error, id, hint(error.kind()))
     }
 
@@ -52,37 +59,42 @@ impl Stream {
         error: &Error,
         id: RequestId,
         hint: &'static str,
-    ) -> Result<()> {
-        self.rows.refused(error, id)?;
+    ) -> Row<'static> {
         let (status, message) = (Status::of(error), error.to_string());
         self.count(Refusal { status, number, message, hint });
-        Ok(())
+        Row::of_error(error, id)
     }
 
-    /// Writes the row of line `number`, which is no record.
-    pub(crate) fn malformed(&mut self, number: u64, why: &str) -> Result<()> {
+    /// The row of line `number`, which is no record. It never reached the engine, and has a random id of its own.
+    pub(crate) fn malformed(&mut self, number: u64, why: &str) -> Result<Row<'static>> {
+        let mut id = [0; 16];
+        getrandom::fill(&mut id).map_err(|error| {
+            Failure::broke(
+                format!("the operating system gave no random bytes: {error}"),
+                hint(ErrorKind::Machine),
+            )
+        })?;
+        let id = uuid::Builder::from_random_bytes(id).into_uuid().into_bytes();
         let code = ErrorKind::InvalidParameter.code();
         let message = format!("The specified parameter is not valid. {why}");
-        self.rows.malformed(code, &message)?;
         self.count(Refusal {
             status: Status::Refused,
             number,
             message: format!("{code}: {message}"),
             hint: "correct the line; its row in the output is an Error row",
         });
-        Ok(())
+        Ok(Row::Refused { code, message, id })
     }
 
-    /// Hands on line `number`, which says that no key was generated.
-    pub(crate) fn passed_on(&mut self, number: u64, line: &[u8]) -> Result<()> {
-        self.rows.unchanged(line)?;
+    /// Counts the row of line `number`, which says that no key was generated.
+    pub(crate) fn passed_on<'a>(&mut self, number: u64, row: Row<'a>) -> Row<'a> {
         self.count(Refusal {
             status: Status::Refused,
             number,
             message: "an Error line of `generate`, passed on as it is".to_owned(),
             hint: "these requests had failed already; generate them again",
         });
-        Ok(())
+        row
     }
 
     /// Completes the output, and fails if any item was refused. `items` names them in messages.
