@@ -99,6 +99,59 @@ fn every_job_gives_right_bytes_in_small_batches() {
     assert!(many.len() >= 8);
 }
 
+/// The jobs of the engine in the order of the rows, with their contenders in the headline.
+const ENGINE_JOBS: [(&str, &[&str]); 8] = [
+    ("batch", &["keymill", "ring-loop", "idiomatic-loop", "kernels"]),
+    ("batch-strings", &["keymill", "ring-loop"]),
+    ("batch-mixed", &["keymill", "ring-loop"]),
+    ("batch-tenants", &["keymill", "ring-loop"]),
+    ("batch-large", &["keymill"]),
+    ("decrypt", &["keymill", "ring-loop"]),
+    ("pool-take", &["keymill", "ring-loop"]),
+    ("single", &["keymill", "ring-loop", "idiomatic-loop"]),
+];
+
+#[test]
+fn the_engines_jobs_have_their_contenders_and_shapes() {
+    let jobs = ENGINE_JOBS.map(|(job, _)| format!("--filter job={job}")).join(" ");
+    let rows = rows(&format!("--seconds 1 --json {jobs}"));
+    let text = |row: &Map<String, Value>, name: &str| row[name].as_str().unwrap().to_owned();
+    for (job, contenders) in ENGINE_JOBS {
+        let of_job: Vec<_> = rows.iter().filter(|(_, row)| row["job"] == job).collect();
+        let names: Vec<_> = of_job.iter().map(|(_, row)| text(row, "contender")).collect();
+        assert_eq!(names[..contenders.len()], *contenders, "{job}");
+        for (line, row) in of_job {
+            let shape = ["dek_len", "aad_len", "keks"].map(|name| row[name].as_u64());
+            let right = match job {
+                "batch-mixed" => shape == [None, None, Some(64)],
+                "batch-tenants" => shape == [Some(32), Some(16), Some(1024)],
+                "decrypt" => shape[..2] == [Some(32), Some(16)],
+                _ => shape == [32, 16, 1].map(Some),
+            };
+            assert!(right && row["ns_per_key"].as_f64().unwrap() > 0.0, "{line}");
+            let threads = row["threads"].as_u64().unwrap();
+            assert!(threads == 1 || (row["contender"] == "keymill"), "{line}");
+        }
+    }
+    let is_there = |job: &str, member: &str, value: u64, threads: u64| {
+        let mut rows = rows.iter().map(|(_, row)| row);
+        let is = |row: &Map<String, Value>| row["job"] == job && row[member] == value;
+        rows.any(|row| is(row) && row["threads"] == threads && row["contender"] == "keymill")
+    };
+    let many = std::thread::available_parallelism().map_or(2, |n| n.get().max(2)) as u64;
+    for (sizes, threads) in [
+        (&[1, 16, 64, 256, 1024, 4096, 16_384, 65_536][..], 1),
+        (&[4096, 8192, 16_384, 65_536], many),
+    ] {
+        for size in sizes {
+            assert!(is_there("batch", "batch", *size, threads), "{size} in {threads} threads");
+        }
+    }
+    assert!(is_there("batch-large", "batch", 1 << 20, 1));
+    assert!(is_there("decrypt", "keks", 1, 1) && is_there("decrypt", "keks", 16_384, 1));
+    assert!(is_there("single", "batch", 1, 1) && is_there("single", "batch", 1, many));
+}
+
 #[test]
 fn people_get_tables() {
     let output = bench("--seconds 1 --filter job=seal --filter keks=1 --filter dek_len=32");
@@ -108,11 +161,18 @@ fn people_get_tables() {
         assert!(text.contains(part), "{part}: {text}");
     }
     assert!(text.lines().all(|line| line.len() <= 120), "{text}");
+
+    let output = bench("--seconds 1 --filter job=batch");
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in ["batch: 32-byte DEKs", "vs idiomatic-loop", "vs kernels", "threads", "65536"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(text.lines().all(|line| line.len() <= 120), "{text}");
 }
 
 #[test]
 fn what_cannot_be_measured_is_refused_with_a_hint() {
-    refused("--filter job=sael", "\"job=sael\"", "job=seal|open|fill|setup|job");
+    refused("--filter job=sael", "\"job=sael\"", "job=seal|open|fill|setup|job|batch|");
     refused("--filter dek_len=33 --filter seal", "nothing to measure", "dek_len=16|32|64|256|1024");
     refused("--filter speed=11", "\"speed=11\"", "members are job, contender");
     refused("--filter job=", "\"job=\"", "member=value");

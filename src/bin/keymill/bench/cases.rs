@@ -1,6 +1,8 @@
 //! What is measured: jobs, their shapes, and who does them. Data alone; the order is that of the output.
 
-use keymill::Tier;
+use std::thread;
+
+use keymill::{Tier, limits::BATCH_ITEMS_MAX};
 
 /// What a contender does with a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,6 +13,15 @@ pub(super) enum Job {
     Setup,
     /// Named `job`: fill and seal.
     Whole,
+    /// The engine's batch call, by a handle. From here on the jobs are the engine's.
+    Batch,
+    BatchStrings,
+    BatchMixed,
+    BatchTenants,
+    BatchLarge,
+    Decrypt,
+    PoolTake,
+    Single,
 }
 
 impl Job {
@@ -21,21 +32,20 @@ impl Job {
             Self::Fill => "fill",
             Self::Setup => "setup",
             Self::Whole => "job",
+            Self::Batch => "batch",
+            Self::BatchStrings => "batch-strings",
+            Self::BatchMixed => "batch-mixed",
+            Self::BatchTenants => "batch-tenants",
+            Self::BatchLarge => "batch-large",
+            Self::Decrypt => "decrypt",
+            Self::PoolTake => "pool-take",
+            Self::Single => "single",
         }
     }
 
-    /// Who does the job on a CPU with these tiers.
-    pub(super) fn contenders(self, tiers: &[Tier]) -> Vec<Contender> {
-        let ours = tiers.iter().copied().map(Contender::Ours);
-        let peers = [Contender::Ring, Contender::AesGcm, Contender::AwsLcRs];
-        match self {
-            // Other tiers fill by `rand_chacha` itself.
-            Self::Fill => ours
-                .filter(|ours| matches!(ours, Contender::Ours(tier) if tier.as_str() == "vaes512"))
-                .chain([Contender::RandChacha])
-                .collect(),
-            _ => ours.chain(peers).collect(),
-        }
+    /// Whether the engine does it, and not the kernels alone.
+    pub(super) fn is_of_engine(self) -> bool {
+        !matches!(self, Self::Seal | Self::Open | Self::Fill | Self::Setup | Self::Whole)
     }
 
     /// Whom the others are compared with; the first is the one for tables with room for one.
@@ -44,6 +54,7 @@ impl Job {
             Self::Seal | Self::Open | Self::Whole => &[Contender::Ring, Contender::AesGcm],
             Self::Fill => &[Contender::RandChacha],
             Self::Setup => &[Contender::AesGcm, Contender::Ring],
+            _ => &[Contender::RingLoop, Contender::IdiomaticLoop, Contender::Kernels],
         }
     }
 }
@@ -56,9 +67,21 @@ pub(super) enum Contender {
     AesGcm,
     AwsLcRs,
     RandChacha,
+    /// The engine on the best tier.
+    Engine,
+    /// What a careful user writes over `ring` in the engine's place.
+    RingLoop,
+    /// What most would write over `aes-gcm`: a `Vec` for each field.
+    IdiomaticLoop,
+    /// What the engine cannot be faster than: its kernels on arrays that are there.
+    Kernels,
 }
 
 impl Contender {
+    pub(super) fn is_keymill(self) -> bool {
+        matches!(self, Self::Ours(_) | Self::Engine)
+    }
+
     /// The name in rows and tables.
     pub(super) fn name(self, job: Job) -> String {
         match self {
@@ -69,6 +92,10 @@ impl Contender {
             Self::AesGcm => "aes-gcm".into(),
             Self::AwsLcRs => "aws-lc-rs".into(),
             Self::RandChacha => "rand_chacha".into(),
+            Self::Engine => "keymill".into(),
+            Self::RingLoop => "ring-loop".into(),
+            Self::IdiomaticLoop => "idiomatic-loop".into(),
+            Self::Kernels => "kernels".into(),
         }
     }
 }
@@ -81,7 +108,8 @@ pub(super) struct Case {
     pub(super) dek_len: Option<usize>,
     /// Bytes of each AAD.
     pub(super) aad_len: Option<usize>,
-    /// Different KEKs, in random order over the messages; in `setup` the keys to be made.
+    /// Different KEKs, in random order over the messages; in `setup` the keys to be made, in `decrypt` those that are
+    /// derived of one.
     pub(super) keks: Option<usize>,
     /// Messages of a call.
     pub(super) batch: Option<usize>,
@@ -108,6 +136,15 @@ impl Case {
                 let keks = Some(KEKS);
                 Self { job, dek_len: None, aad_len: None, keks, batch: None, threads: 1 }
             }
+            Job::Batch | Job::BatchStrings => Self { job, ..Self::SEALING },
+            Job::BatchMixed => {
+                let (keks, batch) = (Some(64), Some(MANY));
+                Self { job, dek_len: None, aad_len: None, keks, batch, threads: 1 }
+            }
+            Job::BatchTenants => Self { job, keks: Some(KEKS), batch: Some(MANY), ..Self::SEALING },
+            Job::BatchLarge => Self { job, batch: Some(BATCH_ITEMS_MAX), ..Self::SEALING },
+            Job::Decrypt => Self { job, batch: Some(MANY), ..Self::SEALING },
+            Job::PoolTake | Job::Single => Self { job, batch: Some(1), ..Self::SEALING },
         }
     }
 
@@ -115,7 +152,7 @@ impl Case {
         *self == Self::headline(self.job)
     }
 
-    /// The headline with one of its numbers changed at a time.
+    /// The headline with one of its numbers changed at a time; the batch call's threads also at several sizes.
     fn variations(job: Job) -> Vec<Self> {
         let first = Self::headline(job);
         let lens = [16, 64, 256, 1024].map(|len| Self { dek_len: Some(len), ..first });
@@ -130,6 +167,53 @@ impl Case {
             }
             Job::Fill => lens.to_vec(),
             Job::Setup => keks(&[64, 1]),
+            Job::Batch => {
+                let sizes = |sizes: &[usize], threads| -> Vec<_> {
+                    sizes.iter().map(|size| Self { batch: Some(*size), threads, ..first }).collect()
+                };
+                let alone = sizes(&[1, 16, 64, 256, 1024, MANY, 65_536], 1);
+                [alone, sizes(&[4096, 8192, MANY, 65_536], many_threads())].concat()
+            }
+            Job::Decrypt => keks(&[MANY]),
+            Job::Single => vec![Self { threads: many_threads(), ..first }],
+            Job::BatchStrings
+            | Job::BatchMixed
+            | Job::BatchTenants
+            | Job::BatchLarge
+            | Job::PoolTake => Vec::new(),
+        }
+    }
+
+    /// Who does it on a CPU with these tiers.
+    pub(super) fn contenders(&self, tiers: &[Tier]) -> Vec<Contender> {
+        use Contender::{AesGcm, AwsLcRs, Engine, IdiomaticLoop, Kernels, RandChacha, Ring};
+        use Contender::{Ours, RingLoop};
+        let ours = tiers.iter().copied().map(Ours);
+        match self.job {
+            // Other tiers fill by `rand_chacha` itself.
+            Job::Fill => ours
+                .filter(|ours| matches!(ours, Ours(tier) if tier.as_str() == "vaes512"))
+                .chain([RandChacha])
+                .collect(),
+            job if !job.is_of_engine() => ours.chain([Ring, AesGcm, AwsLcRs]).collect(),
+            // The loops have one thread.
+            _ if self.threads > 1 => vec![Engine],
+            Job::Batch if self.is_headline() => vec![Engine, RingLoop, IdiomaticLoop, Kernels],
+            Job::Batch => vec![Engine, RingLoop, Kernels],
+            Job::Single => vec![Engine, RingLoop, IdiomaticLoop],
+            // To be compared with `batch`: a second copy of a hundred megabytes would say no more.
+            Job::BatchLarge => vec![Engine],
+            _ => vec![Engine, RingLoop],
+        }
+    }
+
+    /// The part of the run's time that a case should have, its preparation included.
+    pub(super) fn weight(&self) -> u32 {
+        match self.job {
+            // An engine needs a second to import a thousand keys, as each import reads them all; and a million data
+            // keys leave room for few rounds.
+            Job::BatchTenants | Job::BatchLarge => 2,
+            _ => 1,
         }
     }
 
@@ -147,20 +231,47 @@ impl Case {
             1 => "1 KEK".to_owned(),
             keks => format!("{keks} KEKs"),
         }));
-        parts.extend(self.batch.map(|batch| format!("batches of {batch}")));
+        parts.extend(self.batch.map(|batch| match batch {
+            1 => "one by one".to_owned(),
+            batch => format!("batches of {batch}"),
+        }));
+        if self.threads > 1 {
+            parts.push(format!("{} threads", self.threads));
+        }
         format!("{}: {}", self.job.as_str(), parts.join(", "))
     }
 }
 
 /// Every case, headlines first.
 pub(super) fn all() -> Vec<Case> {
-    const JOBS: [Job; 5] = [Job::Seal, Job::Open, Job::Fill, Job::Setup, Job::Whole];
+    const JOBS: [Job; 13] = [
+        Job::Seal,
+        Job::Open,
+        Job::Fill,
+        Job::Setup,
+        Job::Whole,
+        Job::Batch,
+        Job::BatchStrings,
+        Job::BatchMixed,
+        Job::BatchTenants,
+        Job::BatchLarge,
+        Job::Decrypt,
+        Job::PoolTake,
+        Job::Single,
+    ];
     let headlines = JOBS.into_iter().map(Case::headline);
     headlines.chain(JOBS.into_iter().flat_map(Case::variations)).collect()
 }
 
+/// The threads of cases with more than one: those of the machine.
+fn many_threads() -> usize {
+    thread::available_parallelism().map_or(2, |threads| threads.get().max(2))
+}
+
 /// The many of "many KEKs".
 const KEKS: usize = 1024;
+/// The many of "many items".
+const MANY: usize = 16_384;
 
 #[cfg(test)]
 mod tests {
@@ -170,7 +281,12 @@ mod tests {
     fn headlines_come_first_and_no_case_comes_twice() {
         let all = all();
         assert!(all.is_sorted_by_key(|case| !case.is_headline()));
-        assert_eq!(all.iter().filter(|case| case.is_headline()).count(), 5);
+        assert_eq!(all.iter().filter(|case| case.is_headline()).count(), 13);
+        let kernels_first = |headline| {
+            let cases = all.iter().filter(|case| case.is_headline() == headline);
+            cases.is_sorted_by_key(|case| case.job.is_of_engine())
+        };
+        assert!(kernels_first(true) && kernels_first(false));
         for (i, case) in all.iter().enumerate() {
             assert!(!all[..i].contains(case), "{}", case.title());
         }
@@ -183,5 +299,10 @@ mod tests {
             "seal: 32-byte DEKs, 16 bytes of AAD, 1 KEK, batches of 4096"
         );
         assert_eq!(Case::headline(Job::Setup).title(), "setup: 1024 KEKs");
+        let single = Case { threads: 2, ..Case::headline(Job::Single) };
+        assert_eq!(
+            single.title(),
+            "single: 32-byte DEKs, 16 bytes of AAD, 1 KEK, one by one, 2 threads"
+        );
     }
 }

@@ -31,7 +31,7 @@ impl<'a> Filter<'a> {
         tiers: &[Tier],
     ) -> Result<Vec<(Case, Vec<Contender>)>> {
         let picked = |case: &Case| {
-            let mut contenders = case.job.contenders(tiers);
+            let mut contenders = case.contenders(tiers);
             contenders.retain(|contender| self.picks(case, *contender));
             (*case, contenders)
         };
@@ -112,7 +112,7 @@ fn offer(cases: &[Case], tiers: &[Tier]) -> String {
     let of_member = |member: &&str| {
         let mut values: Vec<String> = Vec::new();
         for case in cases {
-            for contender in case.job.contenders(tiers) {
+            for contender in case.contenders(tiers) {
                 let value = value_of(member, case, contender);
                 if value != "null" && !values.contains(&value) {
                     values.push(value);
@@ -147,7 +147,8 @@ mod tests {
         let jobs: Vec<_> = rows.iter().map(|(case, _)| case.job).collect();
         assert_eq!(jobs, [Job::Seal, Job::Open]);
         assert!(rows.iter().all(|(_, contenders)| *contenders == [Contender::Ring]));
-        assert!(picked(&["dek_len=null"]).iter().all(|(case, _)| case.job == Job::Setup));
+        let jobs: Vec<_> = picked(&["dek_len=null"]).iter().map(|(case, _)| case.job).collect();
+        assert_eq!(jobs, [Job::Setup, Job::BatchMixed, Job::Setup, Job::Setup]);
     }
 
     #[test]
@@ -159,6 +160,9 @@ mod tests {
         ] {
             assert!(picked(&terms).iter().all(|(_, picked)| *picked == contenders), "{terms:?}");
         }
+        let ours = picked(&["contender=keymill", "threads=1"]);
+        assert!(ours.iter().all(|(_, picked)| picked.iter().all(|one| one.is_keymill())));
+        assert!(picked(&["contender=ring"]).iter().all(|(_, picked)| *picked == [Contender::Ring]));
         let terms = ["contender=aes".to_string()];
         let nothing = Filter::parse(&terms).unwrap().pick(&cases::all(), &[Tier::PORTABLE]);
         assert!(nothing.is_err(), "no contender has that name, nor is it before a slash");

@@ -67,7 +67,8 @@ impl Report {
             let cpu = info::cpu_name();
             let version = env!("CARGO_PKG_VERSION");
             out += &format!(
-                "keymill {version} on {cpu}, {threads} threads of which one is used.\n\
+                "keymill {version} on {cpu}, {threads} threads. One is used, but where a table \
+                 says more.\n\
                  ns/key: median of the rounds, and the middle half of them.\n"
             );
             self.begun = true;
@@ -93,7 +94,7 @@ impl Report {
         }
         print::text(
             "\n\"vs ring\" is how many times as fast as ring; best is the best keymill. --json has \
-             all numbers.\n",
+             all numbers; --help\nsays what the jobs and the contenders are.\n",
         )
     }
 }
@@ -138,7 +139,7 @@ fn headline(case: &Case, contenders: &[Contender], times: &[Times]) -> String {
         .collect();
     out += &format!("  {:<16}  {:>9}  {:>17}", "", "ns/key", "middle half");
     for (name, _) in &baselines {
-        out += &format!("  {name:>14}");
+        out += &format!("  {name:>17}");
     }
     out.push('\n');
     for (contender, times) in contenders.iter().zip(times) {
@@ -146,7 +147,7 @@ fn headline(case: &Case, contenders: &[Contender], times: &[Times]) -> String {
         let name = contender.name(case.job);
         out += &format!("  {name:<16}  {:>9.1}  {half:>17}", times.median);
         for (_, baseline) in &baselines {
-            out += &format!("  {:>13.2}x", baseline / times.median);
+            out += &format!("  {:>16.2}x", baseline / times.median);
         }
         out.push('\n');
     }
@@ -157,14 +158,15 @@ fn headline(case: &Case, contenders: &[Contender], times: &[Times]) -> String {
 fn lines_head(case: &Case, contenders: &[Contender]) -> String {
     let mut out = format!("\n{}, other shapes: ns/key\n ", case.job.as_str());
     for (name, _) in numbers(case) {
-        let _ = write!(out, "{name:>6}");
+        let width = number_width(name);
+        let _ = write!(out, "{name:>width$}");
     }
     for contender in contenders {
         let (name, width) = column(*contender, case.job);
         let _ = write!(out, "{name:>width$}");
     }
     if let Some(baseline) = compared_with(case, contenders) {
-        let _ = write!(out, "  best vs {}", baseline.name(case.job));
+        let _ = write!(out, "  {}", versus(baseline, case.job));
     }
     out + "  spread\n"
 }
@@ -179,8 +181,9 @@ fn column(contender: Contender, job: Job) -> (String, usize) {
 /// One case as a line.
 fn line(case: &Case, contenders: &[Contender], times: &[Times]) -> String {
     let mut out = String::from(" ");
-    for (_, number) in numbers(case) {
-        let _ = write!(out, "{number:>6}");
+    for (name, number) in numbers(case) {
+        let width = number_width(name);
+        let _ = write!(out, "{number:>width$}");
     }
     for (contender, times) in contenders.iter().zip(times) {
         let (_, width) = column(*contender, case.job);
@@ -190,7 +193,7 @@ fn line(case: &Case, contenders: &[Contender], times: &[Times]) -> String {
         && let Some(time) = time_of(baseline, contenders, times)
         && let Some(best) = best_of_ours(contenders, times)
     {
-        let width = baseline.name(case.job).len() + "best vs ".len();
+        let width = versus(baseline, case.job).len();
         let _ = write!(out, "  {:>width$}", format!("{:.2}x", time / best));
     }
     let spread = times.iter().map(|times| (times.high - times.low) / times.median);
@@ -200,20 +203,37 @@ fn line(case: &Case, contenders: &[Contender], times: &[Times]) -> String {
 
 /// The numbers that apply to a case, with the names of their columns.
 fn numbers(case: &Case) -> impl Iterator<Item = (&'static str, usize)> {
-    let all =
-        [("DEK", case.dek_len), ("AAD", case.aad_len), ("KEKs", case.keks), ("batch", case.batch)];
+    // The kernels have one thread, always.
+    let threads = case.job.is_of_engine().then_some(case.threads);
+    let all = [
+        ("DEK", case.dek_len),
+        ("AAD", case.aad_len),
+        ("KEKs", case.keks),
+        ("batch", case.batch),
+        ("threads", threads),
+    ];
     all.into_iter().filter_map(|(name, number)| Some((name, number?)))
+}
+
+fn number_width(name: &str) -> usize {
+    (name.len() + 1).max("65536".len() + 1)
+}
+
+/// The head of the column that compares with a baseline. The engine is there once, the kernels in every tier.
+fn versus(baseline: Contender, job: Job) -> String {
+    let best = if job.is_of_engine() { "" } else { "best " };
+    format!("{best}vs {}", baseline.name(job))
 }
 
 /// Whom the best keymill contender is compared with, if both were measured.
 fn compared_with(case: &Case, contenders: &[Contender]) -> Option<Contender> {
-    contenders.iter().find(|one| matches!(one, Contender::Ours(_)))?;
+    contenders.iter().find(|one| one.is_keymill())?;
     case.job.baselines().iter().copied().find(|one| contenders.contains(one))
 }
 
 /// The time of the best keymill contender, if one was measured.
 fn best_of_ours(contenders: &[Contender], times: &[Times]) -> Option<f64> {
     let ours = contenders.iter().zip(times);
-    let ours = ours.filter(|(contender, _)| matches!(contender, Contender::Ours(_)));
+    let ours = ours.filter(|(contender, _)| contender.is_keymill());
     ours.map(|(_, times)| times.median).min_by(f64::total_cmp)
 }

@@ -139,20 +139,25 @@ struct Views<'a> {
 }
 
 /// What contenders write.
-struct Memory {
-    deks: Vec<u8>,
-    ivs: Vec<Iv>,
-    blobs: Vec<u8>,
+#[derive(Default)]
+pub(super) struct Memory {
+    pub(super) deks: Vec<u8>,
+    pub(super) ivs: Vec<Iv>,
+    pub(super) blobs: Vec<u8>,
     verdicts: Vec<bool>,
 }
 
 impl Memory {
     fn new(batch: &Batch) -> Self {
-        let count = batch.ivs.len();
+        Self::of(batch.ivs.len(), batch.deks.len())
+    }
+
+    /// For `count` DEKs of `dek_len` bytes in all.
+    pub(super) fn of(count: usize, dek_len: usize) -> Self {
         Self {
-            deks: vec![0; batch.deks.len()],
+            deks: vec![0; dek_len],
             ivs: vec![[0; IV_LEN]; count],
-            blobs: vec![0; count * batch.stride()],
+            blobs: vec![0; dek_len + count * (SALT_LEN + TAG_LEN)],
             verdicts: vec![false; count],
         }
     }
@@ -184,7 +189,7 @@ impl Keys {
             Contender::AesGcm => Self::AesGcm(all(keks)),
             Contender::Ring => Self::Ring(all(keks)),
             Contender::AwsLcRs => Self::AwsLcRs(all(keks)),
-            Contender::RandChacha => unreachable!("it seals nothing"),
+            _ => unreachable!("no contender of these jobs"),
         }
     }
 }
@@ -275,7 +280,10 @@ const SEED: [u8; 32] = [2; 32];
 
 fn whole<'a>(views: &'a Views<'_>, keys: &'a Keys) -> Work<'a, Memory> {
     match keys {
-        Keys::Ours(tier, keys) => chunked(views, *tier, keys),
+        Keys::Ours(tier, keys) => {
+            let keys_of = |from, count| selection(views.batch, keys, from, count);
+            chunked(*tier, &views.aads, views.batch.len, keys_of)
+        }
         Keys::AesGcm(keys) => whole_loop(views, keys),
         Keys::Ring(keys) => whole_loop(views, keys),
         Keys::AwsLcRs(keys) => whole_loop(views, keys),
@@ -283,15 +291,19 @@ fn whole<'a>(views: &'a Views<'_>, keys: &'a Keys) -> Work<'a, Memory> {
 }
 
 /// As the engine's chunks do it: each has its own ChaCha20 stream, whose first block begins with the first IV and whose
-/// others are DEKs.
-fn chunked<'a>(views: &'a Views<'_>, tier: Tier, keys: &'a KeySet) -> Work<'a, Memory> {
-    let Views { batch, aads, .. } = views;
-    let (len, stride) = (batch.len, batch.stride());
+/// others are DEKs of `len` bytes. `keys_of` are those of so many messages from an index on.
+pub(super) fn chunked<'a>(
+    tier: Tier,
+    aads: &'a [&[u8]],
+    len: usize,
+    keys_of: impl Fn(usize, usize) -> Selection<'a>,
+) -> Work<'a, Memory> {
+    let stride = SALT_LEN + len + TAG_LEN;
     let chunk_items = CHUNK_ITEMS_MAX.min(CHUNK_BYTES_MAX / stride);
     let keys = aads
         .chunks(chunk_items)
         .enumerate()
-        .map(|(number, aads)| selection(batch, keys, number * chunk_items, aads.len()));
+        .map(|(number, aads)| keys_of(number * chunk_items, aads.len()));
     let keys: Vec<_> = keys.collect();
     let mut stream = 0;
     Box::new(move |memory| {

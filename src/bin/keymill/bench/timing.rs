@@ -17,22 +17,27 @@ use rand_chacha::{
 /// A contender at work: one call does the whole batch, in the memory that all contenders of a case share.
 pub(super) type Work<'a, M> = Box<dyn FnMut(&mut M) + 'a>;
 
-/// Shares what is left of the run's time among the cases that are left.
+/// A contender who times its turn itself, because something has to be done first that does not count: returns what the
+/// turn took and how many keys it made.
+pub(super) type Turn<'a> = Box<dyn FnMut() -> (Duration, usize) + 'a>;
+
+/// Shares what is left of the run's time among the cases that are left, by their weights.
 pub(super) struct Clock {
     end: Instant,
-    cases_left: u32,
+    weight_left: u32,
 }
 
 impl Clock {
-    pub(super) fn new(total: Duration, case_count: u32) -> Self {
-        Self { end: Instant::now() + total, cases_left: case_count }
+    /// For cases that weigh `weight` together.
+    pub(super) fn new(total: Duration, weight: u32) -> Self {
+        Self { end: Instant::now() + total, weight_left: weight }
     }
 
-    /// When the next case should be done, its preparation included.
-    pub(super) fn next_case(&mut self) -> Instant {
+    /// When the next case, which weighs `weight`, should be done, its preparation included.
+    pub(super) fn next_case(&mut self, weight: u32) -> Instant {
         let now = Instant::now();
-        let share = self.end.saturating_duration_since(now) / self.cases_left.max(1);
-        self.cases_left = self.cases_left.saturating_sub(1);
+        let share = self.end.saturating_duration_since(now) / self.weight_left.max(1) * weight;
+        self.weight_left = self.weight_left.saturating_sub(weight);
         now + share
     }
 }
@@ -63,16 +68,35 @@ pub(super) fn measure<M>(
     deadline: Instant,
 ) -> Vec<Times> {
     let calls: Vec<_> = works.iter_mut().map(|work| calls_a_turn(work, memory)).collect();
-    let mut rounds = vec![Vec::new(); works.len()];
-    let mut order: Vec<_> = (0..works.len()).collect();
+    take_turns(works.len(), deadline, |i| {
+        // Untimed: brings the contender's code and data back after the others' turns.
+        call(&mut works[i], memory, 1);
+        let took = call(&mut works[i], memory, calls[i]);
+        ns_per_key(took, f64::from(calls[i]) * keys_a_call as f64)
+    })
+}
+
+/// As [`measure`], for those who time themselves.
+pub(super) fn measure_turns(turns: &mut [Turn<'_>], deadline: Instant) -> Vec<Times> {
+    take_turns(turns.len(), deadline, |i| {
+        let (took, keys) = turns[i]();
+        ns_per_key(took, keys as f64)
+    })
+}
+
+fn ns_per_key(took: Duration, keys: f64) -> f64 {
+    took.as_secs_f64() * 1e9 / keys
+}
+
+/// Rounds until `deadline`. In each, every contender has a turn: `turn` says what it took of the one at an index.
+fn take_turns(count: usize, deadline: Instant, mut turn: impl FnMut(usize) -> f64) -> Vec<Times> {
+    let mut rounds = vec![Vec::new(); count];
+    let mut order: Vec<_> = (0..count).collect();
     let mut rng = ChaCha20Rng::from_seed([0; 32]);
     for round in 1.. {
         shuffle(&mut order, &mut rng);
         for &i in &order {
-            // Untimed: brings the contender's code and data back after the others' turns.
-            call(&mut works[i], memory, 1);
-            let ns = call(&mut works[i], memory, calls[i]).as_secs_f64() * 1e9;
-            rounds[i].push(ns / (f64::from(calls[i]) * keys_a_call as f64));
+            rounds[i].push(turn(i));
         }
         if round >= ROUNDS_MIN && round % 2 == 1 && Instant::now() >= deadline {
             break;
@@ -139,12 +163,21 @@ mod tests {
     }
 
     #[test]
+    fn whoever_times_itself_is_believed() {
+        let turn = || (Duration::from_micros(3), 100);
+        let times = measure_turns(&mut [Box::new(turn)], Instant::now());
+        assert!((times[0].median - 30.0).abs() < 1e-9 && times[0].rounds == ROUNDS_MIN);
+    }
+
+    #[test]
     fn cases_share_the_time_that_is_left() {
         let mut clock = Clock::new(Duration::from_secs(1000), 10);
-        let share = clock.next_case() - Instant::now();
+        let share = clock.next_case(1) - Instant::now();
         assert!(share > Duration::from_secs(90) && share <= Duration::from_secs(100));
+        let share = clock.next_case(9) - Instant::now();
+        assert!(share > Duration::from_secs(990), "all that is left");
         let mut clock = Clock::new(Duration::ZERO, 1);
-        assert!(clock.next_case() <= Instant::now(), "a run that is late goes on");
-        clock.next_case();
+        assert!(clock.next_case(1) <= Instant::now(), "a run that is late goes on");
+        clock.next_case(1);
     }
 }
