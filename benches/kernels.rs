@@ -1,4 +1,5 @@
-//! Criterion: sealing, opening and filling by the kernels of every tier beside a loop over `ring`, at three batch sizes.
+//! Criterion: sealing, opening and filling by the kernels of every tier beside a loop over `ring`, at three batch
+//! sizes.
 //!
 //! ```text
 //! cargo bench --bench kernels

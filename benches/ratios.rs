@@ -5,7 +5,8 @@
 //! cargo bench --bench ratios -- 4096      # these batch sizes only
 //! ```
 //! In one process and one run, the contenders take turns round by round, each round long enough to measure; medians
-//! over all rounds are printed, with the middle half as the spread. So a machine that slows down for a while slows all of them.
+//! over all rounds are printed, with the middle half as the spread. So a machine that slows down for a while slows all
+//! of them.
 
 mod contenders;
 

@@ -4,10 +4,11 @@
 //! cargo run --release --example object_store -- FOLDER [STORE]
 //! ```
 //!
-//! STORE is `target/object-store` unless named; objects of an earlier run are replaced. Takes a folder, asks the engine **once** for one key per file, with the object's path as AAD, encrypts each file
-//! with its key, and writes the wrapped key beside it. Then it restores the folder through one `decrypt_batch` and
-//! compares every byte. What lies in the store is useless without the engine's root key, and a wrapped key that is
-//! moved to another path does not open.
+//! STORE is `target/object-store` unless named; objects of an earlier run are replaced. Takes a folder, asks the
+//! engine **once** for one key per file, with the object's path as AAD, encrypts each file with its key, and writes
+//! the wrapped key beside it. Then it restores the folder through one `decrypt_batch` and compares every byte. What
+//! lies in the store is useless without the engine's root key, and a wrapped key that is moved to another path does
+//! not open.
 //!
 //! A store whose KEK rotates would use `advance_generate_data_key_batch` and `advance_decrypt_batch`: the same calls,
 //! with a blob that holds IV and key version itself.

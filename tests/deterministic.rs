@@ -1,4 +1,5 @@
-//! The deterministic mode: the same seed and the same calls give the same bytes, for any number of threads and any tier.
+//! The deterministic mode: the same seed and the same calls give the same bytes, for any number of threads and any
+//! tier.
 #![cfg(feature = "deterministic")]
 
 use std::sync::Arc;
