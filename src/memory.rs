@@ -1,8 +1,8 @@
 //! The memory of batch results: three columns that every view of a batch shares, and their way back to the engine.
 //!
 //! Mapping new pages costs more than the cryptography that fills them. So columns go back to the engine's [`Recycler`]
-//! when the last view of a batch is gone, data keys zeroed, and serve the next batch. Large ones ask for huge pages when
-//! they are made. The recycler is bounded in number and bytes; what does not fit is freed.
+//! when the last view of a batch is gone, data keys zeroed, and serve the next batch. Large ones ask for huge pages
+//! when they are made. The recycler is bounded in number and bytes; what does not fit is freed.
 //!
 //! A recycler belongs to one process. A child that drops an inherited batch wipes and frees its copy of the memory, and
 //! abandons the recycler, into which another thread of the parent may have been in the middle of writing.

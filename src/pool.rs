@@ -281,10 +281,6 @@ impl KeyPool {
                 running.shared.misses.fetch_add(missing.saturating_sub(1), Ordering::Relaxed);
                 None::<DataKey>
             });
-            if os::generation() != generation {
-                std::mem::forget(taken);
-                continue;
-            }
             if taken.len() < count {
                 let missing = count - taken.len();
                 let mut batch = DataKeyBatch::default();
@@ -292,6 +288,11 @@ impl KeyPool {
                 for key in batch.iter() {
                     taken.push(key?.detach());
                 }
+            }
+            // Forked meanwhile, also while the missing ones were made: what was taken may be the other process's too.
+            if os::generation() != generation {
+                std::mem::forget(taken);
+                continue;
             }
             return Ok(taken);
         }

@@ -16,6 +16,7 @@ use crate::{
     memory::Memory,
     os,
     request::{GenerateDataKeyRequest, Operation, aads::AadSource, check_number_of_bytes},
+    secret::Seed,
     wrap::{Wrapper, blob::Form, state::Moment},
 };
 
@@ -349,11 +350,13 @@ impl Shared {
             }
         }
         let slot_count = plan.slot_count();
-        let seed = if slot_count < OS_SEED_ITEMS_MIN {
-            self.rng.pool_seed()?
+        // Drawn in place: a seed that is returned and moved leaves copies behind.
+        let mut seed = Seed::new([0; 32]);
+        if slot_count < OS_SEED_ITEMS_MIN {
+            self.rng.fill(&mut *seed)?;
         } else {
-            self.rng.os_seed()?
-        };
+            self.rng.fill_from_os(&mut *seed)?;
+        }
         let mut lens = plan.lens();
         if !operation.returns_plaintext() {
             lens.deks = 0;

@@ -287,9 +287,10 @@ impl Shared {
         let image = self.store.load()?;
         let before = self.ring.load_full();
         let ring = Ring::build(image.changes, &image.keys, &before, self.tier, self.number)?;
-        let ring = Arc::new(ring);
-        self.ring.store(Arc::clone(&ring));
+        // The cells first: whoever forks in between leaves its child a ring whose number says that it is old, and with
+        // it cells that are newer, which the child publishes again.
         ring.publish(&before);
+        self.ring.store(Arc::new(ring));
         Ok(image.keys)
     }
 

@@ -91,11 +91,13 @@ impl Engine {
                 first += len;
             }
         };
+        // Before there is a thread: a child must not take its windows for its own.
+        let home = os::generation();
         let thread = thread::Builder::new().name("keymill-stream".into()).spawn(make);
         let thread = thread.map_err(|error| {
             Error::new(ErrorKind::Machine, format!("The system gave no thread: {error}."))
         })?;
-        Ok(DataKeyStream { made: Some((made, thread)), home: os::generation() })
+        Ok(DataKeyStream { made: Some((made, thread)), home })
     }
 
     fn make_window(

@@ -1,7 +1,7 @@
 //! Random bytes: batch seeds and per-thread pools, or a seeded stand-in for tests.
 //!
-//! Data keys come from ChaCha20 seeded by the operating system, never from KEK material. A large batch takes one
-//! fresh seed from the operating system ([`Rng::os_seed`]); small ones and single calls draw from the thread's pool
+//! Data keys come from ChaCha20 seeded by the operating system, never from KEK material. A large batch takes one fresh
+//! seed from the operating system ([`Rng::fill_from_os`]); small ones and single calls draw from the thread's pool
 //! ([`Rng::fill`]). ChaCha20 is no approved DRBG in the FIPS sense (SECURITY.md).
 
 mod pool;
@@ -75,26 +75,6 @@ impl Rng {
             #[cfg(any(feature = "deterministic", fuzzing, test))]
             Self::Seeded { .. } => self.fill(out),
         }
-    }
-
-    /// A fresh seed from the operating system.
-    ///
-    /// # Errors
-    /// As [`Rng::fill`].
-    pub(crate) fn os_seed(&self) -> Result<Seed> {
-        let mut seed = Zeroizing::new([0; 32]);
-        self.fill_from_os(&mut *seed)?;
-        Ok(seed)
-    }
-
-    /// A seed from the thread's pool.
-    ///
-    /// # Errors
-    /// As [`Rng::fill`].
-    pub(crate) fn pool_seed(&self) -> Result<Seed> {
-        let mut seed = Zeroizing::new([0; 32]);
-        self.fill(&mut *seed)?;
-        Ok(seed)
     }
 }
 

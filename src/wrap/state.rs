@@ -6,7 +6,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, Ordering, fence},
 };
 
 use crossbeam::{atomic::AtomicCell, utils::CachePadded};
@@ -131,9 +131,9 @@ impl StateSlots {
         }
         // Dropped, if another thread of this slot was faster.
         drop(self.slot(moment).swap(Some(state)));
-        // `rest` may have passed over the slot while the state was out of it. Take and swap are swaps (acquire and
-        // release), so one of the two sees the other.
-        if self.resting.load(Ordering::Acquire) {
+        // `rest` may have passed over the slot while the state was out of it, or before there were slots. The swap, and
+        // the fence there, keep the order on both sides: one of the two sees the other.
+        if self.resting.load(Ordering::SeqCst) {
             self.wipe();
         }
     }
@@ -144,7 +144,8 @@ impl StateSlots {
 
     /// Wipes the states and keeps none from now on, until [`StateSlots::wake`]: the version is disabled or rotated.
     pub(crate) fn rest(&self) {
-        self.resting.store(true, Ordering::Release);
+        self.resting.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         self.wipe();
     }
 

@@ -172,7 +172,7 @@ pub(super) fn seal_many(wide: Wide, job: Seal<'_>) {
 
 /// As `seal_many`; overwrites what the kernel left on the stack.
 pub(super) fn seal_and_wipe(wide: Wide, job: Seal<'_>) {
-    let is_small = job.ivs.len() == 1 && job.len <= SMALL_LEN;
+    let is_small = job.ivs.len() == 1 && job.len.max(job.aads[0].len()) <= SMALL_LEN;
     let keys = job.keys;
     let mut job = Job::seal(job);
     run(wide, keys, &mut job);
@@ -184,7 +184,7 @@ pub(super) fn seal_and_wipe(wide: Wide, job: Seal<'_>) {
     }
 }
 
-/// Bytes of one message for which the kernels need little stack, ...
+/// Bytes of one message, and of its AAD, for which the kernels need little stack, ...
 const SMALL_LEN: usize = 64;
 /// ... and how much: the frames of optimised builds add up to 1.7 KiB.
 const SMALL_STACK_LEN: usize = if cfg!(debug_assertions) { STACK_LEN } else { 2048 };
