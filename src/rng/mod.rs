@@ -9,7 +9,7 @@ mod pool;
 #[cfg(any(feature = "deterministic", fuzzing, test))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroize;
 
 use crate::{
     cpu::Tier,
@@ -31,7 +31,7 @@ pub(crate) enum Rng {
 impl Rng {
     #[cfg(any(feature = "deterministic", fuzzing, test))]
     pub(crate) fn seeded(tier: Tier, seed: [u8; 32]) -> Self {
-        Self::Seeded { tier, seed: Zeroizing::new(seed), draws: AtomicU64::new(0) }
+        Self::Seeded { tier, seed: Seed::new(seed), draws: AtomicU64::new(0) }
     }
 
     /// Whether the bytes follow from a seed.
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn chunks_of_one_seed_share_nothing_and_follow_the_layout() {
-        let seed = Zeroizing::new([9; 32]);
+        let seed = Seed::new([9; 32]);
         let mut stream = [0; 4096];
         for number in 0..2 {
             kernel::chacha_fill(Tier::PORTABLE, &seed, number, 0, &mut stream);
