@@ -5,7 +5,7 @@
 //! that is empty. So a key costs no access to what other cores have written, except every so many: handing over single
 //! keys between cores takes about as long as making them.
 //!
-//! The rules are apart from threads and clocks, so that they can be checked in every order of events (`tests` below, by
+//! The rules are apart from threads and clocks, so that they can be checked in many orders of events (`tests` below, by
 //! `loom`): a key is handed out if nothing has changed in its KEK's versions and state since *before* it was made, and
 //! if it is young enough. Whoever makes keys reads the number of changes first and the KEK afterwards
 //! ([`Changes::then_read`]); whoever changes the KEK stores it first and counts afterwards ([`Changes::publish`]).
