@@ -154,7 +154,8 @@ impl<'a> DecryptRequest<'a> {
     }
 
     /// Checks what a raw blob needs beside its key, and returns the IV.
-    pub(crate) fn check_raw(&self) -> Result<[u8; IV_LEN]> {
+    #[inline]
+    pub(crate) fn check_raw(&self) -> Result<&'a [u8; IV_LEN]> {
         if let Some(algorithm) =
             self.algorithm.filter(|name| !name.is_empty() && *name != ALGORITHM)
         {

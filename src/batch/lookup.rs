@@ -8,7 +8,10 @@ use std::{
 
 use foldhash::fast::RandomState;
 
-use super::plan::{Group, add_group};
+use super::{
+    name::Name,
+    plan::{Group, add_group},
+};
 use crate::{
     error::{Error, Result},
     keys::ring::Ring,
@@ -36,62 +39,26 @@ pub(super) struct Lookup<'r, 'a> {
 }
 
 /// A name and a length.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Asked<'a> {
-    name: &'a str,
+    name: Name<'a>,
     number_of_bytes: u32,
-    /// The first and the last eight bytes of the name: all of most names, so that comparing and hashing them calls no
-    /// function and touches no other memory.
-    ends: [u64; 2],
 }
-
-impl<'a> Asked<'a> {
-    /// Names up to this length are their two ends.
-    const ENDS_LEN: usize = 16;
-
-    #[inline]
-    fn new(name: &'a str, number_of_bytes: u32) -> Self {
-        let bytes = name.as_bytes();
-        let ends = match (bytes.first_chunk(), bytes.last_chunk()) {
-            (Some(first), Some(last)) => [*first, *last].map(u64::from_ne_bytes),
-            _ => {
-                let mut short = [0; 8];
-                short[..bytes.len()].copy_from_slice(bytes);
-                [u64::from_ne_bytes(short), 0]
-            }
-        };
-        Self { name, number_of_bytes, ends }
-    }
-}
-
-impl PartialEq for Asked<'_> {
-    #[inline]
-    fn eq(&self, other: &Self) -> bool {
-        self.ends == other.ends
-            && self.number_of_bytes == other.number_of_bytes
-            && self.name.len() == other.name.len()
-            && (self.name.len() <= Self::ENDS_LEN
-                // The same text at the same place needs no comparison of bytes.
-                || std::ptr::eq(self.name, other.name)
-                || self.name == other.name)
-    }
-}
-
-impl Eq for Asked<'_> {}
 
 impl Hash for Asked<'_> {
     #[inline]
     fn hash<H: Hasher>(&self, state: &mut H) {
-        if self.name.len() <= Self::ENDS_LEN {
+        let name = self.name.as_str();
+        if let Some([first, last]) = self.name.whole_ends() {
             // Two words, which a folded multiplication takes at once. Length and number are small and leave most of the
             // second one to the name.
-            let small = (self.name.len() as u64) << 56 ^ u64::from(self.number_of_bytes) << 40;
-            state.write_u64(self.ends[0]);
-            state.write_u64(self.ends[1] ^ small);
+            let small = (name.len() as u64) << 56 ^ u64::from(self.number_of_bytes) << 40;
+            state.write_u64(first);
+            state.write_u64(last ^ small);
         } else {
             // All of it: names that differ in their middle alone must not be made to collide.
             state.write_u32(self.number_of_bytes);
-            state.write(self.name.as_bytes());
+            state.write(name.as_bytes());
         }
     }
 }
@@ -117,7 +84,8 @@ impl<'r, 'a> Lookup<'r, 'a> {
         groups: &mut Vec<Group>,
         request: &GenerateDataKeyRequest<'a>,
     ) -> Result<u32> {
-        let asked = Asked::new(request.key_id, request.number_of_bytes);
+        let GenerateDataKeyRequest { key_id, number_of_bytes, .. } = *request;
+        let asked = Asked { name: Name::new(key_id), number_of_bytes };
         if let Some((last, found)) = &self.last
             && *last == asked
         {
@@ -142,7 +110,8 @@ impl<'r, 'a> Lookup<'r, 'a> {
 
     fn find(&mut self, groups: &mut Vec<Group>, asked: Asked<'a>) -> Result<u32> {
         let dek_len = check_number_of_bytes(asked.number_of_bytes)?;
-        let key = self.ring.resolve(asked.name).ok_or_else(|| Error::key_not_found(asked.name))?;
+        let name = asked.name.as_str();
+        let key = self.ring.resolve(name).ok_or_else(|| Error::key_not_found(name))?;
         key.record.check_usable()?;
         let version = key.version_for(self.operation.form() == Form::SelfDescribing);
         let operation = self.operation;

@@ -6,7 +6,8 @@ use super::{Engine, Shared};
 use crate::{
     batch::{
         check_item_count,
-        open::{self, Item, OpenPlan, Opened, Reading, Resolver, Summary},
+        open::{OpenPlan, Opened, open_one},
+        resolve::{Item, Reading, Resolver, Summary, failed},
         result::{Decrypted, DecryptedBatch},
     },
     error::{Error, Result},
@@ -83,16 +84,16 @@ impl Shared {
             let ring = self.ring.load();
             let mut items = Vec::with_capacity(1);
             Resolver::new(&ring, reading).resolve(request, 0, &mut items)?;
-            return self.open_one(&items[0]);
+            return self.open_one(request, &items[0]);
         }
         found?;
-        self.open_one(&items[0])
+        self.open_one(request, &items[0])
     }
 
-    fn open_one(&self, item: &Item<'_>) -> Result<Decrypted> {
+    fn open_one(&self, request: &DecryptRequest<'_>, item: &Item<'_>) -> Result<Decrypted> {
         let mut plaintext = SecretBytes::from_vec(vec![0; item.dek_len()]);
-        if !item.open(plaintext.expose_mut().expect("in memory of its own")) {
-            return Err(open::failed());
+        if !open_one(request, item, plaintext.expose_mut().expect("in memory of its own")) {
+            return Err(failed());
         }
         let (key_version_id, request_id) = (item.version.id, self.new_request_id()?);
         Ok(Decrypted { key_version_id, plaintext, request_id })
@@ -106,21 +107,25 @@ impl Shared {
         let ring = self.ring.load_full();
         let resolved = resolve_all(requests, &ring, reading, None);
         if !resolved.missed {
-            return self.open_all(requests.len(), resolved);
+            return self.open_all(requests, resolved);
         }
         // A store that cannot be asked refuses the items that need it, not their neighbours.
         let unasked = self.refresh_if_changed().err();
         let newer = self.ring.load_full();
         if unasked.is_none() && newer.changes == ring.changes {
-            return self.open_all(requests.len(), resolved);
+            return self.open_all(requests, resolved);
         }
         let resolved = resolve_all(requests, &newer, reading, unasked.as_ref());
-        self.open_all(requests.len(), resolved)
+        self.open_all(requests, resolved)
     }
 
-    fn open_all(&self, item_count: usize, resolved: Resolved<'_>) -> Result<DecryptedBatch> {
+    fn open_all<'a>(
+        &self,
+        requests: &'a [DecryptRequest<'a>],
+        resolved: Resolved<'a>,
+    ) -> Result<DecryptedBatch> {
         let base = self.new_request_id()?;
-        let plan = OpenPlan::new(resolved.items, item_count, resolved.summary)?;
+        let plan = OpenPlan::new(requests, resolved.items, resolved.summary)?;
         let lens = ColumnLens { deks: plan.dek_len(), ..ColumnLens::default() };
         let mut memory = Memory::take(&self.recycler(), lens)?;
         let deks = &mut memory.columns_mut().deks;
@@ -131,7 +136,7 @@ impl Shared {
         };
         let refused = refused.into_iter().map(name).collect();
         let memory = Arc::new(memory);
-        Ok(DecryptedBatch { base, len: item_count, slots, runs, refused, memory })
+        Ok(DecryptedBatch { base, len: requests.len(), slots, runs, refused, memory })
     }
 }
 

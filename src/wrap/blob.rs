@@ -109,16 +109,21 @@ impl Layout {
 const VERSION_AT: Range<usize> = BLOB_MAGIC_LEN..BLOB_MAGIC_LEN + KEY_VERSION_ID_LEN;
 const IV_AT: Range<usize> = VERSION_AT.end..VERSION_AT.end + IV_LEN;
 
-/// The 36 bytes at the place of the version id, and the IV, if `blob` begins as a self-describing one. Whether the
-/// bytes are an id and name a version that exists, and so whether the blob is self-describing at all, is for the caller
-/// to look up.
+/// The 36 bytes at the place of the version id, if `blob` begins as a self-describing one. Whether they are an id and
+/// name a version that exists, and so whether the blob is self-describing at all, is for the caller to look up.
 ///
 /// The magic and the id alone decide: a blob that ends within its IV is a self-describing one that was cut, which
-/// [`cut`] refuses, and must not be read as a raw one. Its IV is given as zeros.
-pub(crate) fn head(blob: &[u8]) -> Option<([u8; KEY_VERSION_ID_LEN], [u8; IV_LEN])> {
+/// [`dek_len`] refuses, and must not be read as a raw one.
+#[inline]
+pub(crate) fn head(blob: &[u8]) -> Option<&[u8; KEY_VERSION_ID_LEN]> {
     let version = blob.get(VERSION_AT).filter(|_| blob.starts_with(&MAGIC))?;
-    let iv = blob.get(IV_AT).map(|iv| iv.try_into().expect("IV_LEN"));
-    Some((version.try_into().expect("KEY_VERSION_ID_LEN"), iv.unwrap_or_default()))
+    Some(version.try_into().expect("KEY_VERSION_ID_LEN"))
+}
+
+/// The IV of a self-describing blob. `None` if the blob ends before.
+#[inline]
+pub(crate) fn iv(blob: &[u8]) -> Option<&[u8; IV_LEN]> {
+    blob.get(IV_AT)?.try_into().ok()
 }
 
 /// Whether a blob begins as a self-describing one, cut or not.
@@ -135,21 +140,22 @@ pub(crate) struct Parts<'a> {
     pub(crate) sealed: &'a [u8],
 }
 
-impl Parts<'_> {
-    /// Bytes of the wrapped data key.
-    pub(crate) fn dek_len(&self) -> usize {
-        self.sealed.len() - TAG_LEN
-    }
+/// Bytes of the data key in a blob. `None` if the blob is too short to hold even one.
+#[inline]
+pub(crate) fn dek_len(blob: &[u8], form: Form, scheme: Scheme) -> Option<usize> {
+    let others = Layout { form, scheme, dek_len: 0 }.len();
+    blob.len().checked_sub(others).filter(|len| *len > 0)
 }
 
 /// Cuts a blob. `None` if it is too short to hold even one byte of data key.
+#[inline]
 pub(crate) fn cut(blob: &[u8], form: Form, scheme: Scheme) -> Option<Parts<'_>> {
-    let at = Layout { form, scheme, dek_len: 0 }.ciphertext_at();
-    let sealed = blob.get(at..).filter(|sealed| sealed.len() > TAG_LEN)?;
-    let mut salt = [0; SALT_LEN];
-    if scheme == Scheme::Derived {
-        salt.copy_from_slice(&blob[at - SALT_LEN..at]);
-    }
+    dek_len(blob, form, scheme)?;
+    let (head, sealed) = blob.split_at(Layout { form, scheme, dek_len: 0 }.ciphertext_at());
+    let salt = match scheme {
+        Scheme::Direct => [0; SALT_LEN],
+        Scheme::Derived => *head.last_chunk().expect("a salt comes last in it"),
+    };
     Some(Parts { salt, sealed })
 }
 
@@ -177,14 +183,14 @@ mod tests {
                 layout.write_head(&mut blob, VERSION, &[1; 12], &[2; 12]);
                 let parts = cut(&blob, form, scheme).unwrap();
                 assert_eq!(parts.sealed, [0xee; 21]);
-                assert_eq!(parts.dek_len(), 5);
+                assert_eq!(dek_len(&blob, form, scheme), Some(5));
                 assert_eq!(parts.salt, if scheme == Scheme::Derived { [2; 12] } else { [0; 12] });
-                assert_eq!(
-                    head(&blob),
-                    (form == Form::SelfDescribing).then_some((*VERSION, [1; 12]))
-                );
+                let described = form == Form::SelfDescribing;
+                assert_eq!(head(&blob), described.then_some(VERSION));
+                assert!(!described || iv(&blob) == Some(&[1; 12]));
                 for short in 0..=layout.len() - 5 {
                     assert!(cut(&blob[..short], form, scheme).is_none(), "{short}");
+                    assert_eq!(dek_len(&blob[..short], form, scheme), None, "{short}");
                 }
             }
         }
@@ -196,12 +202,13 @@ mod tests {
         let mut blob = vec![0; layout.len()];
         layout.write_head(&mut blob, &[0xff; KEY_VERSION_ID_LEN], &[1; 12], &[0; 12]);
         // Not an id, not even text: for the caller to say.
-        assert_eq!(head(&blob), Some(([0xff; KEY_VERSION_ID_LEN], [1; 12])));
+        assert_eq!(head(&blob), Some(&[0xff; KEY_VERSION_ID_LEN]));
         for len in 0..VERSION_AT.end {
             assert_eq!(head(&blob[..len]), None, "{len}");
         }
         for len in VERSION_AT.end..BLOB_HEAD_LEN {
-            assert_eq!(head(&blob[..len]), Some(([0xff; KEY_VERSION_ID_LEN], [0; 12])), "{len}");
+            assert_eq!(head(&blob[..len]), Some(&[0xff; KEY_VERSION_ID_LEN]), "{len}");
+            assert_eq!(iv(&blob[..len]), None, "{len}");
             assert!(cut(&blob[..len], Form::SelfDescribing, Scheme::Direct).is_none());
         }
         for bit in 0..8 * BLOB_MAGIC_LEN {

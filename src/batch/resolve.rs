@@ -1,0 +1,244 @@
+//! Finding the keys of a decrypting batch's requests: which version opens a blob, and how long its data key is.
+//!
+//! What is found of a request is kept small, and nothing of its blob is read but a head that may describe it: the rest
+//! is read where it is opened, so that it comes to the caches once. Public: everything here.
+
+use std::sync::Arc;
+
+use super::name::Name;
+use crate::{
+    error::{Error, ErrorKind, Result},
+    kernel::Iv,
+    keys::{
+        KeyState, KeyVersionId,
+        ring::{Key, KeyVersion, Ring},
+    },
+    limits::{KEY_VERSION_ID_LEN, NUMBER_OF_BYTES_MAX},
+    request::{DecryptRequest, check_aad},
+    wrap::blob::{self, Form, Parts},
+};
+
+/// Which of the two decrypting operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reading {
+    /// `decrypt`: every blob is raw.
+    Raw,
+    /// `advance_decrypt`: self-describing blobs describe themselves.
+    Advance,
+}
+
+/// One blob that can be opened: what was found for its request, which has the rest.
+pub(crate) struct Item<'a> {
+    pub(crate) version: &'a Arc<KeyVersion>,
+    /// Of the request.
+    index: u32,
+    dek_len: u16,
+    form: Form,
+}
+
+// A batch has one for each request, between the pass that finds them and the one that opens them.
+const _: () = assert!(size_of::<Item<'_>>() <= 16 && NUMBER_OF_BYTES_MAX <= u16::MAX as usize);
+
+impl Item<'_> {
+    /// Of the request.
+    pub(crate) fn index(&self) -> usize {
+        self.index as usize
+    }
+
+    /// Bytes of the data key.
+    pub(crate) fn dek_len(&self) -> usize {
+        self.dek_len.into()
+    }
+
+    /// The blob of the item's request, cut.
+    #[inline]
+    pub(super) fn cut<'r>(&self, request: &DecryptRequest<'r>) -> Parts<'r> {
+        blob::cut(request.ciphertext_blob, self.form, self.version.wrapper.scheme())
+            .expect("long enough when it was found")
+    }
+
+    /// The IV of the item's request.
+    #[inline]
+    pub(super) fn iv<'r>(&self, request: &DecryptRequest<'r>) -> &'r Iv {
+        match self.form {
+            Form::Raw => request.iv.and_then(|iv| iv.try_into().ok()),
+            Form::SelfDescribing => blob::iv(request.ciphertext_blob),
+        }
+        .expect("there when it was found")
+    }
+}
+
+/// A key and its version.
+type Found<'a> = (&'a Arc<Key>, &'a Arc<KeyVersion>);
+
+/// Finds the keys of requests in one ring. Remembers the last: equal names mostly come one after the other.
+pub(crate) struct Resolver<'a> {
+    ring: &'a Ring,
+    reading: Reading,
+    last_named: Option<(Name<'a>, &'a Arc<Key>)>,
+    last_described: Option<Found<'a>>,
+    missed: bool,
+    summary: Summary,
+}
+
+/// What the items of a batch have in common, noted when they are found: a further pass over them would cost more.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Summary {
+    /// Bytes of all data keys.
+    pub(super) dek_len: usize,
+    /// Bytes of all AADs.
+    pub(super) aads_len: usize,
+    /// Bits in which a length differs from the first one.
+    pub(super) len_differences: usize,
+    pub(super) several_versions: bool,
+}
+
+impl<'a> Resolver<'a> {
+    pub(crate) fn new(ring: &'a Ring, reading: Reading) -> Self {
+        Self {
+            ring,
+            reading,
+            last_named: None,
+            last_described: None,
+            missed: false,
+            summary: Summary::default(),
+        }
+    }
+
+    /// Whether the last request named a key or a version that the ring does not have, so that a newer one may know
+    /// more.
+    pub(crate) fn take_missed(&mut self) -> bool {
+        std::mem::take(&mut self.missed)
+    }
+
+    /// Finds the key version of a request and the length of its data key, and adds them to `items`.
+    ///
+    /// # Errors
+    /// `DecryptFailed` for whatever only says that the blob is wrong; the request's and the key's own errors otherwise.
+    #[inline(always)]
+    pub(crate) fn resolve(
+        &mut self,
+        request: &DecryptRequest<'a>,
+        index: usize,
+        items: &mut Vec<Item<'a>>,
+    ) -> Result<()> {
+        check_aad(request.aad)?;
+        let named = request.key_id.map(|name| self.named(name)).transpose();
+        let described = match self.reading {
+            Reading::Raw => None,
+            Reading::Advance => self.described(request),
+        };
+        let named = named?;
+        let (form, key, version) = match described {
+            Some((key, version)) => {
+                if let Some(named) = named.filter(|named| named.record.id != key.record.id) {
+                    return Err(names_another(named, key));
+                }
+                (Form::SelfDescribing, key, version)
+            }
+            None => {
+                let (key, version) = self.raw_version(request, named)?;
+                request.check_raw()?;
+                (Form::Raw, key, version)
+            }
+        };
+        if key.record.state != KeyState::Enabled {
+            key.record.check_usable()?;
+        }
+        let dek_len = blob::dek_len(request.ciphertext_blob, form, version.wrapper.scheme())
+            .filter(|len| *len <= NUMBER_OF_BYTES_MAX)
+            .ok_or_else(failed)?;
+        self.summary.dek_len += dek_len;
+        self.summary.aads_len += request.aad.len();
+        if let Some(first) = items.first() {
+            self.summary.len_differences |= dek_len ^ first.dek_len();
+            self.summary.several_versions |= !Arc::ptr_eq(version, first.version);
+        }
+        items.push(Item {
+            version,
+            index: u32::try_from(index).expect("a batch has fewer than 2^32 items"),
+            dek_len: u16::try_from(dek_len).expect("at most NUMBER_OF_BYTES_MAX"),
+            form,
+        });
+        Ok(())
+    }
+
+    pub(crate) fn summary(&self) -> Summary {
+        self.summary
+    }
+
+    #[inline]
+    fn named(&mut self, name: &'a str) -> Result<&'a Arc<Key>> {
+        let name = Name::new(name);
+        match self.last_named {
+            Some((last, key)) if last == name => Ok(key),
+            _ => self.look_up(name),
+        }
+    }
+
+    #[inline(never)]
+    fn look_up(&mut self, name: Name<'a>) -> Result<&'a Arc<Key>> {
+        let key = self.ring.resolve(name.as_str());
+        self.missed |= key.is_none();
+        let key = key.ok_or_else(|| Error::key_not_found(name.as_str()))?;
+        self.last_named = Some((name, key));
+        Ok(key)
+    }
+
+    /// What a self-describing blob says of itself; `None` for any other blob.
+    #[inline]
+    fn described(&mut self, request: &DecryptRequest<'_>) -> Option<Found<'a>> {
+        let id = blob::head(request.ciphertext_blob)?;
+        match self.last_described {
+            Some(last) if last.1.id.as_bytes() == id => Some(last),
+            _ => self.look_up_version(id),
+        }
+    }
+
+    #[inline(never)]
+    fn look_up_version(&mut self, id: &[u8; KEY_VERSION_ID_LEN]) -> Option<Found<'a>> {
+        let found = self.ring.version_by_bytes(id);
+        self.missed |= found.is_none() && KeyVersionId::from_bytes(id).is_some();
+        self.last_described = Some(found?);
+        found
+    }
+
+    /// The version under which a raw blob is to be opened.
+    #[inline]
+    fn raw_version(
+        &mut self,
+        request: &DecryptRequest<'_>,
+        named: Option<&'a Arc<Key>>,
+    ) -> Result<Found<'a>> {
+        if let Some(key) = named {
+            return Ok((key, key.initial()));
+        }
+        match (self.reading, request.key_version_id) {
+            (Reading::Raw, Some(name)) => {
+                let id = KeyVersionId::parse(name).ok_or_else(|| Error::key_not_found(name))?;
+                let known = self.ring.version_by_bytes(id.as_bytes());
+                self.missed |= known.is_none();
+                let (key, version) = known.ok_or_else(|| Error::key_not_found(name))?;
+                Ok((key, version))
+            }
+            // The caller takes the blob for a self-describing one, and it is cut or damaged: a wrong blob.
+            (Reading::Advance, _)
+                if request.iv.is_none() || blob::claims_head(request.ciphertext_blob) =>
+            {
+                Err(failed())
+            }
+            _ => Err(Error::invalid("KeyId is missing, and the blob does not describe itself.")),
+        }
+    }
+}
+
+#[cold]
+fn names_another(named: &Key, key: &Key) -> Error {
+    let (named, key) = (named.record.id, key.record.id);
+    Error::invalid(format!("KeyId names {named}, but the blob was wrapped by {key}."))
+}
+
+/// The one error of every cryptographic failure.
+pub(crate) fn failed() -> Error {
+    Error::plain(ErrorKind::DecryptFailed)
+}
