@@ -1,6 +1,6 @@
 //! One call, many items: `plan` and `lookup` (pure decisions), `run` (the work) and `fan_out` (shared among threads),
-//! `resolve` and `open` (the same for decrypting), `name` (what both look up), `result` (the columnar result), `data_key`
-//! (one of its items, owned).
+//! `resolve` and `open` (the same for decrypting), `name` (what both look up), `result` (the columnar result),
+//! `data_key` (one of its items, owned).
 
 pub(crate) mod data_key;
 pub(crate) mod fan_out;

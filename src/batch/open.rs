@@ -220,7 +220,7 @@ struct Block<'a> {
 const OF_VERSION: u8 = u8::MAX;
 const _: () = assert!(KEYS_AT_ONCE < OF_VERSION as usize);
 
-/// The first items of a run, whose parts are in a block.
+/// The first items of one length, whose parts are in a block.
 struct Filled {
     count: usize,
     /// Whether one key opens all.
@@ -240,31 +240,29 @@ fn open_chunk(opener: &mut Opener, requests: &[DecryptRequest<'_>], chunk: OpenC
         fresh: [None; KEYS_AT_ONCE],
     };
     opener.forget();
-    for run in items.chunk_by(|a, b| a.dek_len() == b.dek_len()) {
-        let mut run = run;
-        while let Some(first) = run.first() {
-            let Filled { count, one_key } = opener.fill(&mut block, requests, run);
-            let items = run.split_off(..count).expect("no more than there are");
-            let len = first.dek_len();
-            let out = out.split_off_mut(..count * len).expect("lengths add up");
-            let verdicts = verdicts.split_off_mut(..count).expect("one for each item");
-            let derived = &opener.derived;
-            let first_key = key_at(block.places[0], first.version, derived);
-            let mut each;
-            let keys = if one_key {
-                Keys::One(first_key)
-            } else {
-                each = [first_key; BLOCK_ITEMS];
-                let each = &mut each[..count];
-                for ((each, item), place) in each.iter_mut().zip(items).zip(&block.places) {
-                    *each = key_at(*place, item.version, derived);
-                }
-                Keys::Each(each)
-            };
-            let (ivs, aads) = (&block.ivs[..count], &block.aads[..count]);
-            let sealed = &block.sealed[..count];
-            kernel::open_many(kernel::Open { keys, ivs, aads, sealed, len, out, verdicts });
-        }
+    let mut rest = items;
+    while let Some(first) = rest.first() {
+        let Filled { count, one_key } = opener.fill(&mut block, requests, rest);
+        let items = rest.split_off(..count).expect("no more than there are");
+        let len = first.dek_len();
+        let out = out.split_off_mut(..count * len).expect("lengths add up");
+        let verdicts = verdicts.split_off_mut(..count).expect("one for each item");
+        let derived = &opener.derived;
+        let first_key = key_at(block.places[0], first.version, derived);
+        let mut each;
+        let keys = if one_key {
+            Keys::One(first_key)
+        } else {
+            each = [first_key; BLOCK_ITEMS];
+            let each = &mut each[..count];
+            for ((each, item), place) in each.iter_mut().zip(items).zip(&block.places) {
+                *each = key_at(*place, item.version, derived);
+            }
+            Keys::Each(each)
+        };
+        let (ivs, aads) = (&block.ivs[..count], &block.aads[..count]);
+        let sealed = &block.sealed[..count];
+        kernel::open_many(kernel::Open { keys, ivs, aads, sealed, len, out, verdicts });
     }
     zeroize_stack::<{ kernel::STACK_LEN }>();
     opener.forget();
@@ -285,9 +283,9 @@ impl Opener {
         self.count = 0;
     }
 
-    /// Puts the parts of the first of `items`, which are one at least, into `block` and sets their keys up: as many as
-    /// a block has, or as [`KEYS_AT_ONCE`] keys open. Keys of earlier blocks are used again if they are all that is
-    /// needed.
+    /// Puts the parts of the first of `items`, which are one at least, into `block` and sets their keys up: so many of
+    /// one length as a block has, or as [`KEYS_AT_ONCE`] keys open. Keys of earlier blocks are used again if they are
+    /// all that is needed.
     #[inline]
     fn fill<'a>(
         &mut self,
@@ -298,7 +296,11 @@ impl Opener {
         let (mut count, mut fresh_count, mut switches) = (0, 0, 0);
         let mut place = OF_VERSION;
         let mut last: Option<(&Arc<KeyVersion>, Salt)> = None;
+        let len = items.first().map(Item::dek_len);
         for item in items.iter().take(BLOCK_ITEMS) {
+            if Some(item.dek_len()) != len {
+                break;
+            }
             let request = &requests[item.index()];
             let Parts { salt, sealed } = item.cut(request);
             let version = item.version;

@@ -13,7 +13,7 @@ use crate::{
         KeyState, KeyVersionId,
         ring::{Key, KeyVersion, Ring},
     },
-    limits::{KEY_VERSION_ID_LEN, NUMBER_OF_BYTES_MAX},
+    limits::{AAD_LEN_MAX, IV_LEN, KEY_VERSION_ID_LEN, NUMBER_OF_BYTES_MAX},
     request::{DecryptRequest, check_aad},
     wrap::blob::{self, Form, Parts},
 };
@@ -28,6 +28,7 @@ pub(crate) enum Reading {
 }
 
 /// One blob that can be opened: what was found for its request, which has the rest.
+#[derive(Clone, Copy)]
 pub(crate) struct Item<'a> {
     pub(crate) version: &'a Arc<KeyVersion>,
     /// Of the request.
@@ -71,14 +72,51 @@ impl Item<'_> {
 /// A key and its version.
 type Found<'a> = (&'a Arc<Key>, &'a Arc<KeyVersion>);
 
-/// Finds the keys of requests in one ring. Remembers the last: equal names mostly come one after the other.
+/// Finds the keys of requests in one ring. Remembers the last: equal ones mostly come one after the other.
 pub(crate) struct Resolver<'a> {
     ring: &'a Ring,
     reading: Reading,
+    last: Option<Last<'a>>,
     last_named: Option<(Name<'a>, &'a Arc<Key>)>,
     last_described: Option<Found<'a>>,
     missed: bool,
     summary: Summary,
+}
+
+/// A request for which an item was found.
+#[derive(Clone, Copy)]
+struct Last<'a> {
+    named: Option<Name<'a>>,
+    blob_len: usize,
+    item: Item<'a>,
+}
+
+impl Last<'_> {
+    /// Whether `request` leads to the same version and length, by the way that most take. `reading` is that of both.
+    #[inline]
+    fn is_like(&self, request: &DecryptRequest<'_>, reading: Reading) -> bool {
+        let Self { named, blob_len, item } = self;
+        let says_the_same = match item.form {
+            Form::Raw => {
+                let named = match (*named, request.key_id) {
+                    (Some(last), Some(name)) => last == Name::new(name),
+                    _ => false,
+                };
+                // A raw blob may be a self-describing one to the other reading.
+                named
+                    && reading == Reading::Raw
+                    && request.algorithm.is_none()
+                    && request.iv.is_some_and(|iv| iv.len() == IV_LEN)
+            }
+            Form::SelfDescribing => {
+                request.key_id.is_none()
+                    && blob::head(request.ciphertext_blob) == Some(item.version.id.as_bytes())
+            }
+        };
+        says_the_same
+            && request.ciphertext_blob.len() == *blob_len
+            && request.aad.len() <= AAD_LEN_MAX
+    }
 }
 
 /// What the items of a batch have in common, noted when they are found: a further pass over them would cost more.
@@ -98,6 +136,7 @@ impl<'a> Resolver<'a> {
         Self {
             ring,
             reading,
+            last: None,
             last_named: None,
             last_described: None,
             missed: false,
@@ -115,13 +154,32 @@ impl<'a> Resolver<'a> {
     ///
     /// # Errors
     /// `DecryptFailed` for whatever only says that the blob is wrong; the request's and the key's own errors otherwise.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn resolve(
         &mut self,
         request: &DecryptRequest<'a>,
         index: usize,
         items: &mut Vec<Item<'a>>,
     ) -> Result<()> {
+        let index = u32::try_from(index).expect("a batch has fewer than 2^32 items");
+        let item = match &self.last {
+            Some(last) if last.is_like(request, self.reading) => Item { index, ..last.item },
+            _ => self.find(request, index, items.first())?,
+        };
+        self.summary.dek_len += item.dek_len();
+        self.summary.aads_len += request.aad.len();
+        items.push(item);
+        Ok(())
+    }
+
+    /// Finds a request by its name, or by what its blob says.
+    #[inline(never)]
+    fn find(
+        &mut self,
+        request: &DecryptRequest<'a>,
+        index: u32,
+        first: Option<&Item<'a>>,
+    ) -> Result<Item<'a>> {
         check_aad(request.aad)?;
         let named = request.key_id.map(|name| self.named(name)).transpose();
         let described = match self.reading {
@@ -148,19 +206,15 @@ impl<'a> Resolver<'a> {
         let dek_len = blob::dek_len(request.ciphertext_blob, form, version.wrapper.scheme())
             .filter(|len| *len <= NUMBER_OF_BYTES_MAX)
             .ok_or_else(failed)?;
-        self.summary.dek_len += dek_len;
-        self.summary.aads_len += request.aad.len();
-        if let Some(first) = items.first() {
+        if let Some(first) = first {
             self.summary.len_differences |= dek_len ^ first.dek_len();
             self.summary.several_versions |= !Arc::ptr_eq(version, first.version);
         }
-        items.push(Item {
-            version,
-            index: u32::try_from(index).expect("a batch has fewer than 2^32 items"),
-            dek_len: u16::try_from(dek_len).expect("at most NUMBER_OF_BYTES_MAX"),
-            form,
-        });
-        Ok(())
+        let dek_len = u16::try_from(dek_len).expect("at most NUMBER_OF_BYTES_MAX");
+        let item = Item { version, index, dek_len, form };
+        let (named, blob_len) = (request.key_id.map(Name::new), request.ciphertext_blob.len());
+        self.last = Some(Last { named, blob_len, item });
+        Ok(item)
     }
 
     pub(crate) fn summary(&self) -> Summary {
