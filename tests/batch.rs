@@ -6,7 +6,8 @@
 use std::{collections::HashSet, sync::Arc};
 
 use keymill::{
-    CreateKey, DecryptRequest, Engine, ErrorKind, GenerateDataKeyRequest, KeySpec, Scheme, limits,
+    CreateKey, DataKey, DecryptRequest, Engine, ErrorKind, GenerateDataKeyRequest, KeySpec, Scheme,
+    limits,
 };
 
 fn engine_with_keys() -> (Engine, Vec<String>) {
@@ -226,6 +227,144 @@ fn threads_change_neither_order_nor_validity() {
         let opened = engine.advance_decrypt_batch(&opening).unwrap();
         for (opened, key) in opened.iter().zip(batch.iter()) {
             assert_eq!(opened.unwrap().plaintext(), key.unwrap().plaintext().unwrap());
+        }
+    }
+}
+
+/// What the batch remembers of one request must not decide the next.
+#[test]
+fn an_item_of_a_decrypting_batch_is_decided_as_by_itself() {
+    let (engine, names) = engine_with_keys();
+    let (a, direct, other) = (&names[0], &names[1], &names[4]);
+    let disabled = engine.create_key(&CreateKey::default()).unwrap().key_id.to_string();
+    let generate = |name: &str, len| {
+        let request = GenerateDataKeyRequest::new(name, len).aad(b"aad");
+        let raw = engine.generate_data_key(&request).unwrap();
+        (raw, engine.advance_generate_data_key(&request).unwrap())
+    };
+    let (raw, described) = generate(a, 32);
+    let (raw_other, described_other) = generate(other, 32);
+    let (raw_direct, described_direct) = generate(direct, 32);
+    let (raw_short, described_short) = generate(a, 31);
+    let (raw_disabled, described_disabled) = generate(&disabled, 32);
+    engine.disable_key(&disabled).unwrap();
+    let id = engine.describe_key(a).unwrap().key_id.to_string();
+    let versions = [a, other].map(|name| {
+        engine.describe_key(name).unwrap().versions[0].key_version_id.as_str().to_owned()
+    });
+    let long = vec![0; limits::AAD_LEN_MAX + 1];
+
+    fn with<'a>(name: &'a str, key: &'a DataKey) -> DecryptRequest<'a> {
+        DecryptRequest::new(key.ciphertext_blob()).key_id(name).iv(key.iv()).aad(b"aad")
+    }
+    let good = with(a, &raw);
+    let plain = DecryptRequest { key_id: None, iv: None, ..good };
+    let mut requests = vec![
+        good,
+        with(&id, &raw),
+        with(other, &raw_other),
+        with(other, &raw),
+        with(direct, &raw_direct),
+        with(a, &raw_short),
+        with(&disabled, &raw_disabled),
+        with(a, &described),
+        good.key_id("alias/none"),
+        good.aad(b"AAD"),
+        good.aad(&long),
+        good.iv(&raw.iv()[..11]),
+        good.iv(raw_other.iv()),
+        plain,
+        DecryptRequest { key_id: None, key_version_id: Some(&versions[0]), ..good },
+        DecryptRequest { key_id: None, key_version_id: Some(&versions[1]), ..good },
+        DecryptRequest { key_id: None, key_version_id: Some("none"), ..good },
+        DecryptRequest { ciphertext_blob: b"", ..good },
+        DecryptRequest { ciphertext_blob: b"far too short", ..good },
+        DecryptRequest { iv: None, ..good },
+        DecryptRequest { algorithm: Some("AES_GCM"), ..good },
+        DecryptRequest { algorithm: Some("AES_CBC"), ..good },
+    ];
+    for key in
+        [&described, &described_other, &described_direct, &described_short, &described_disabled]
+    {
+        let request = DecryptRequest { ciphertext_blob: key.ciphertext_blob(), ..plain };
+        let cut = &request.ciphertext_blob[..request.ciphertext_blob.len() - 1];
+        requests.extend([request, request.key_id(a), request.aad(&long)]);
+        requests.push(DecryptRequest { ciphertext_blob: cut, ..request });
+    }
+
+    for advance in [false, true] {
+        let alone = |request: &DecryptRequest<'_>| {
+            match advance {
+                true => engine.advance_decrypt(request),
+                false => engine.decrypt(request),
+            }
+            .map(|key| (key.key_version_id(), key.plaintext().expose().to_vec()))
+            .map_err(|error| error.to_string())
+        };
+        let expected: Vec<_> = requests.iter().map(alone).collect();
+        assert!(expected.iter().filter(|result| result.is_ok()).count() >= 6);
+        for (i, first) in requests.iter().enumerate() {
+            for (j, second) in requests.iter().enumerate() {
+                let pair = [*first, *second];
+                let opened = match advance {
+                    true => engine.advance_decrypt_batch(&pair).unwrap(),
+                    false => engine.decrypt_batch(&pair).unwrap(),
+                };
+                for (opened, expected) in opened.iter().zip([&expected[i], &expected[j]]) {
+                    let opened = opened
+                        .map(|key| (key.key_version_id(), key.plaintext().to_vec()))
+                        .map_err(ToString::to_string);
+                    assert_eq!(&opened, expected, "{i} {j}, advance: {advance}");
+                }
+            }
+        }
+    }
+}
+
+/// More salts than are derived at once, in every order in which they may come, with keys that have none in between.
+#[test]
+fn salts_in_any_order_open_in_their_places() {
+    const CALLS: usize = 80;
+    const ITEMS: usize = 110;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    let engine = Engine::builder().thread_pool(Arc::new(pool)).in_memory().unwrap();
+    for (name, scheme) in [("alias/x", Scheme::Derived), ("alias/y", Scheme::Direct)] {
+        let (alias, scheme) = (Some(name.to_owned()), Some(scheme));
+        engine.create_key(&CreateKey { alias, scheme, ..CreateKey::default() }).unwrap();
+    }
+    let name = |call: usize| if call % 9 == 8 { "alias/y" } else { "alias/x" };
+    let calls: Vec<_> = (0..CALLS)
+        .map(|call| {
+            let request = GenerateDataKeyRequest::new(name(call), 32).aad(b"aad");
+            engine.generate_data_key_batch(&vec![request; ITEMS]).unwrap()
+        })
+        .collect();
+    let by_item = |place: usize| (place % CALLS, place / CALLS);
+    let by_call = |place: usize| (place / ITEMS, place % ITEMS);
+    let by_two = |place: usize| {
+        let (pair, rest) = (place / (2 * ITEMS), place % (2 * ITEMS));
+        (2 * pair + rest % 2, rest / 2)
+    };
+    let orders: [&dyn Fn(usize) -> (usize, usize); 3] = [&by_item, &by_call, &by_two];
+    for (nth, order) in orders.into_iter().enumerate() {
+        let keys: Vec<_> = (0..CALLS * ITEMS)
+            .map(|place| {
+                let (call, item) = order(place);
+                (name(call), calls[call].get(item).unwrap())
+            })
+            .collect();
+        let is_wrong = |place: usize| place % 97 == 5;
+        let requests: Vec<_> = (keys.iter().enumerate())
+            .map(|(place, (name, key))| {
+                let request = DecryptRequest::new(key.ciphertext_blob()).key_id(name).iv(key.iv());
+                request.aad(if is_wrong(place) { b"AAD" } else { b"aad" })
+            })
+            .collect();
+        let opened = engine.decrypt_batch(&requests).unwrap();
+        for (place, (opened, (_, key))) in opened.iter().zip(&keys).enumerate() {
+            let opened = opened.ok().map(|opened| opened.plaintext());
+            let expected = key.plaintext().filter(|_| !is_wrong(place));
+            assert_eq!(opened, expected, "{place}, order {nth}");
         }
     }
 }
