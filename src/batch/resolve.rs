@@ -154,7 +154,7 @@ impl<'a> Resolver<'a> {
     ///
     /// # Errors
     /// `DecryptFailed` for whatever only says that the blob is wrong; the request's and the key's own errors otherwise.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn resolve(
         &mut self,
         request: &DecryptRequest<'a>,
@@ -172,7 +172,7 @@ impl<'a> Resolver<'a> {
         Ok(())
     }
 
-    /// Finds a request by its name, or by what its blob says.
+    /// Finds a request by its name, or by what its blob says. `first` is the first item of the batch, if there is one.
     #[inline(never)]
     fn find(
         &mut self,
@@ -206,6 +206,7 @@ impl<'a> Resolver<'a> {
         let dek_len = blob::dek_len(request.ciphertext_blob, form, version.wrapper.scheme())
             .filter(|len| *len <= NUMBER_OF_BYTES_MAX)
             .ok_or_else(failed)?;
+        // Requests like this one add no further differences.
         if let Some(first) = first {
             self.summary.len_differences |= dek_len ^ first.dek_len();
             self.summary.several_versions |= !Arc::ptr_eq(version, first.version);
