@@ -246,6 +246,8 @@ fn an_item_of_a_decrypting_batch_is_decided_as_by_itself() {
     let (raw_other, described_other) = generate(other, 32);
     let (raw_direct, described_direct) = generate(direct, 32);
     let (raw_short, described_short) = generate(a, 31);
+    // As long as `described`, whose head is 51 bytes.
+    let (raw_long, _) = generate(a, 32 + 51);
     let (raw_disabled, described_disabled) = generate(&disabled, 32);
     engine.disable_key(&disabled).unwrap();
     let id = engine.describe_key(a).unwrap().key_id.to_string();
@@ -266,6 +268,7 @@ fn an_item_of_a_decrypting_batch_is_decided_as_by_itself() {
         with(other, &raw),
         with(direct, &raw_direct),
         with(a, &raw_short),
+        with(a, &raw_long),
         with(&disabled, &raw_disabled),
         with(a, &described),
         good.key_id("alias/none"),
