@@ -98,7 +98,7 @@ fn kernels_enable_what_their_tokens_prove() {
         }
     }
     assert!(checked >= 10, "the lists were not found");
-    for name in ["gcm", "short", "long", "set_up", "job", "block"] {
+    for name in ["gcm", "short", "long", "aads", "set_up", "job", "block"] {
         let shared = read(&format!("src/kernel/x86_64/{name}.rs"));
         assert!(!shared.contains("enable = \""), "{name}.rs takes its features from its caller");
     }

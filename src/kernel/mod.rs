@@ -5,6 +5,7 @@
 //!
 //! Public: message lengths, AAD, counts, which keys are equal. Secret: keys and plaintexts.
 
+pub(crate) mod ahead;
 mod portable;
 #[cfg(test)]
 mod tests;
@@ -157,6 +158,40 @@ impl<'a> KeyRef<'a> {
     }
 }
 
+impl KeyRef<'_> {
+    /// Where the key lies, for [`prefetch_key_at`].
+    pub(crate) fn place(self) -> usize {
+        match self.0 {
+            RefInner::Portable(_) => 0,
+            #[cfg(target_arch = "x86_64")]
+            RefInner::Wide(context) => std::ptr::from_ref(context).addr(),
+        }
+    }
+}
+
+/// Asks for the key at a place, if there still is one, to be brought into the caches: a hint.
+pub(crate) fn prefetch_key_at(place: usize) {
+    #[cfg(target_arch = "x86_64")]
+    x86_64::Context::prefetch_at(place);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
+/// Asks for the first bytes of `value` to be brought into the caches: a hint.
+#[inline]
+pub(crate) fn prefetch<T>(value: &T) {
+    prefetch_at(std::ptr::from_ref(value).addr());
+}
+
+/// The same for what lies at an address, if there is anything.
+#[inline]
+pub(crate) fn prefetch_at(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    x86_64::prefetch_at(address);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// A key set up for single AES-256 blocks, which key derivation needs, in locked pages. Wiped on drop.
 pub(crate) struct BlockKey(BlockInner);
 
@@ -265,17 +300,30 @@ pub(crate) struct Seal<'a> {
     pub(crate) offset: usize,
 }
 
-/// Seals every message of `job`.
+impl Seal<'_> {
+    /// Whether the lengths fit each other. Asked where they are relied on.
+    ///
+    /// # Panics
+    /// If they do not.
+    #[inline]
+    fn check(&self) {
+        let count = self.ivs.len();
+        assert_eq!(self.aads.len(), count);
+        assert_eq!(Some(self.plaintexts.len()), count.checked_mul(self.len));
+        assert_eq!(Some(self.out.len()), count.checked_mul(self.stride));
+        let end = self.len.checked_add(TAG_LEN).and_then(|end| end.checked_add(self.offset));
+        assert!(end.is_some_and(|end| end <= self.stride));
+    }
+}
+
+/// Seals every message of `job`. By itself, so that what it leaves on the stack is below its caller's frame, which
+/// overwrites it.
+#[inline(never)]
 pub(crate) fn seal_many(job: Seal<'_>) {
     let count = job.ivs.len();
-    assert!(job.keys.fits(count) && job.aads.len() == count);
-    assert_eq!(Some(job.plaintexts.len()), count.checked_mul(job.len));
-    assert_eq!(Some(job.out.len()), count.checked_mul(job.stride));
-    let end = job.len.checked_add(TAG_LEN).and_then(|end| end.checked_add(job.offset));
-    assert!(end.is_some_and(|end| end <= job.stride));
-    assert!(job.len <= LEN_MAX);
+    assert!(job.keys.fits(count) && job.len <= LEN_MAX);
     match job.keys.of_first(count) {
-        None => {}
+        None => job.check(),
         Some(KeyRef(RefInner::Portable(_))) => portable::seal_many(job),
         #[cfg(target_arch = "x86_64")]
         Some(KeyRef(RefInner::Wide(first))) => x86_64::seal_many(first.wide(), job),
@@ -319,7 +367,9 @@ fn common_len(slices: &[&[u8]]) -> Option<usize> {
     (differences == 0).then_some(first)
 }
 
-/// Opens every message of `job`. A wrong tag zeroes that message's output and leaves its neighbours alone.
+/// Opens every message of `job`. A wrong tag zeroes that message's output and leaves its neighbours alone. By itself,
+/// as [`seal_many`].
+#[inline(never)]
 pub(crate) fn open_many(job: Open<'_>) {
     let count = job.ivs.len();
     assert!(job.keys.fits(count) && job.aads.len() == count && job.sealed.len() == count);

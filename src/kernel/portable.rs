@@ -85,6 +85,7 @@ impl BlockKey {
 }
 
 pub(super) fn seal_many(job: Seal<'_>) {
+    job.check();
     let Seal { keys, ivs, aads, len, plaintexts, out, stride, offset } = job;
     for (i, (iv, aad)) in ivs.iter().zip(aads).enumerate() {
         let key = keys.of(i).portable();

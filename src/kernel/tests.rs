@@ -13,8 +13,12 @@
 //! | `facts` | lengths that do not fit, key set-up |
 //! | `guard` | nothing is touched outside of what was given, by way of unmapped pages |
 //! | `chacha` | the key stream |
+//! | `ahead` | single messages whose key streams were made ahead |
 //! | `small` | a little of all, for emulators and Miri: `cargo test --lib small_battery` |
 
+/// They lie in locked pages, which Miri does not know.
+#[cfg(not(miri))]
+mod ahead;
 mod cavp;
 mod chacha;
 mod facts;

@@ -7,14 +7,14 @@
 use std::{ptr, slice};
 
 use super::{
-    FILLER, Message, SetUp, Source,
+    FILLER, Message, SetUp, Source, ahead,
     oracle::{encrypt_pair, seal_by_oracle},
     tiers,
 };
 use crate::{
     kernel::{
-        BlockKey, BlockPair, GcmKeys, Iv, Open, Seal, chacha_fill, encrypt_pairs, open_many,
-        seal_many,
+        BlockKey, BlockPair, GcmKeys, Iv, Open, Seal, ahead::AHEAD_LEN_MAX, chacha_fill,
+        encrypt_pairs, open_many, seal_many,
     },
     limits::TAG_LEN,
 };
@@ -152,14 +152,18 @@ fn messages_at_the_edge_of_memory() {
     let materials = [source.bytes(32), source.bytes(16)];
     for len in (0..=130).chain([255, 256, 257, 1023, 1024]) {
         for (k, count) in [1, 2, 3, 5, 9, 19].into_iter().enumerate() {
-            // One key with AADs alike; a key for each with AADs of every tail.
+            // One key with AADs alike, and with unlike ones; a key for each with AADs of every tail.
             let aad_len = [0, 16, 32, 13, 48, 1][(len + k) % 6];
             let material = &materials[(len + k) % 2];
             let one: Vec<_> =
                 (0..count).map(|_| source.message_under(material, len, aad_len)).collect();
+            let unlike: Vec<_> = (0..count)
+                .map(|i| source.message_under(material, len, (len * 5 + i * 11) % 131))
+                .collect();
             let each: Vec<_> =
                 (0..count).map(|i| source.message(32, len, (len * 3 + i * 7) % 67)).collect();
             for flush in BOTH {
+                columns.check(&unlike, flush, [7, 12, 0][k % 3]);
                 columns.check(&one, flush, [0, 12, 7][k % 3]);
                 columns.check(&each, flush, [12, 0, 1][k % 3]);
             }
@@ -179,6 +183,29 @@ fn key_streams_at_the_edge_of_memory() {
                 let out = room.slice(len, flush);
                 chacha_fill(tier, &seed, 1, 2, out);
                 assert!(out == expected, "{tier} {flush:?}: {len}");
+            }
+        }
+    }
+}
+
+#[test]
+fn messages_with_streams_made_ahead_at_the_edge_of_memory() {
+    let mut source = Source::new(402);
+    let [mut aads, mut plaintexts, mut outs] = std::array::from_fn(|_| Fenced::new());
+    for len in 0..=AHEAD_LEN_MAX {
+        for aad_len in (0..50).chain([111, 112, 113]) {
+            let messages = ahead::messages(&mut source, 32, len, aad_len);
+            for (flush, &tier) in
+                BOTH.into_iter().flat_map(|flush| tiers().iter().map(move |t| (flush, t)))
+            {
+                let Some((key, mut streams)) = ahead::set_up(tier, &messages) else { continue };
+                for message in &messages {
+                    let aad = aads.copy(&message.aad, flush);
+                    let plaintext = plaintexts.copy(&message.plaintext, flush);
+                    let out = outs.slice(len + TAG_LEN, flush);
+                    streams.seal(key.key(), aad, plaintext, out);
+                    assert!(out == message.sealed, "{tier} {flush:?}: {len}, AAD {aad_len}");
+                }
             }
         }
     }

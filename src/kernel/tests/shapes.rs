@@ -129,6 +129,26 @@ fn short_messages_with_long_aads() {
     }
 }
 
+/// One key for AADs of unequal lengths, sorted as in a batch and not: those that share the messages' reduction, and
+/// those that have too many blocks for it, beside others that have none.
+#[test]
+fn short_messages_of_one_key_with_unlike_aads() {
+    let mut source = Source::new(14);
+    let material = source.bytes(32);
+    for len in [16, 32, 64, 48, 33] {
+        for aad_len_max in [15, 16, 40, 64, 130, 700] {
+            let aads: Vec<_> = (0..2 * GROUP + 1).map(|_| source.below(aad_len_max + 1)).collect();
+            let mut pool: Vec<_> =
+                aads.iter().map(|aad| source.message_under(&material, len, *aad)).collect();
+            for count in [1, 2, 3, 4, 5, 8, 9, 13, 16, 17, 2 * GROUP + 1] {
+                check_both(&mut pool[..count].to_vec(), &mut source, SLACKS[count % SLACKS.len()]);
+            }
+            pool.sort_by_key(|message| message.aad.len().div_ceil(16));
+            check_both(&mut pool, &mut source, TIGHT);
+        }
+    }
+}
+
 #[test]
 fn every_count_up_to_four_groups_and_one() {
     let mut source = Source::new(2);

@@ -35,8 +35,8 @@ pub(super) fn block_at(bytes: &[u8], at: usize) -> &[u8; 16] {
     bytes[at..].first_chunk().expect("the caller's lengths fit")
 }
 
-/// The last `bytes.len() % 16` bytes, followed by zeros. Reads nothing outside of `bytes`, and branches on lengths
-/// alone.
+/// The last block, of sixteen bytes or of what whole blocks leave, followed by zeros. Reads nothing outside of `bytes`,
+/// and branches on lengths alone.
 #[inline]
 pub(super) fn load_tail(bytes: &[u8]) -> __m128i {
     let n = bytes.len() % 16;
@@ -76,15 +76,6 @@ pub(super) fn tail_places(n: usize) -> __m128i {
 pub(super) fn store_head(bytes: &mut [u8], value: __m128i) {
     let value = to_u128(value).to_le_bytes();
     bytes.copy_from_slice(&value[..bytes.len()]);
-}
-
-/// Block `index` of `aad`, the last one padded with zeros.
-#[inline]
-pub(super) fn aad_block(aad: &[u8], index: usize) -> __m128i {
-    match aad[index * 16..].first_chunk() {
-        Some(block) => load(block),
-        None => load_tail(aad),
-    }
 }
 
 /// The block of counter `counter`, for an IV in the other twelve bytes.

@@ -19,8 +19,8 @@
 //! subgroup begins earlier and does some messages a second time, which writes the same bytes to the same places. That
 //! costs less than lanes that a mask leaves out, and needs no second form of any load or store.
 //!
-//! [`super::short`] has the passes of data keys, whose columns all fit in registers, and [`super::long`] those of all
-//! other messages.
+//! [`super::short`] has the passes of data keys, whose columns all fit in registers, [`super::long`] those of all other
+//! messages, and [`super::aads`] what AADs of unequal lengths need in either.
 //!
 //! # GHASH
 //! A lane's blocks (AAD, ciphertext, lengths) are byte-reversed and multiplied by falling powers of H, and the products
@@ -49,9 +49,10 @@ macro_rules! gcm_kernel {
         )*
 
         use super::{
+            super::ahead::{AHEAD, Stream},
             Context, KeyRef, POWERS, ROUND_KEYS, Schedule,
             block::{
-                aad_block, block_at, counter_block, from_u128, length_block, load, load_tail,
+                block_at, counter_block, from_u128, length_block, load, load_tail,
                 store, store_head, tail_places,
             },
             job::{Job, Pass, Passes, Start},
@@ -60,27 +61,44 @@ macro_rules! gcm_kernel {
         /// Seals (or opens) every message of `job`, under one key. At least `LANES` messages.
         #[target_feature(enable = $features)]
         pub(super) fn run_one(key: &Context, job: &mut Job<'_>) {
-            run::<true, 1>(|_| [key], job);
+            match job.short_blocks() {
+                Some(blocks) => run_short::<true, 1>(blocks, |_| [key], job),
+                None => run_long::<1>(|_| [key], job),
+            }
         }
 
         /// As [`run_one`], with a key for each message.
         #[target_feature(enable = $features)]
         pub(super) fn run_each(keys: &[KeyRef<'_>], job: &mut Job<'_>) {
-            run::<false, LANES>(|start| start.of(keys).map(KeyRef::wide), job);
+            let keys = |start: Start<LANES>| start.of(keys).map(KeyRef::wide);
+            match job.short_blocks() {
+                Some(blocks) => run_short::<false, LANES>(blocks, keys, job),
+                None => run_long::<LANES>(keys, job),
+            }
         }
 
-        /// `keys` gives the key of each lane of a subgroup, or one for all lanes (`L` = 1).
+        /// The encrypted J0 and the key stream of each IV, under one key.
         #[target_feature(enable = $features)]
-        #[inline]
-        fn run<'a, const ONE: bool, const L: usize>(
-            keys: impl Fn(Start<LANES>) -> [&'a Context; L],
-            job: &mut Job<'_>,
-        ) {
-            match job.short_blocks() {
-                Some(1) => run_short::<ONE, L, 2>(keys, job),
-                Some(2) => run_short::<ONE, L, 3>(keys, job),
-                Some(4) => run_short::<ONE, L, 5>(keys, job),
-                _ => run_long::<L>(keys, job),
+        pub(super) fn key_streams(key: &Context, ivs: &[Iv; AHEAD], streams: &mut [Stream; AHEAD]) {
+            const COLUMNS: usize = size_of::<Stream>() / 16;
+            // Two subgroups, whose columns fit in eight registers.
+            let pairs = streams.as_chunks_mut::<{ 2 * LANES }>().0;
+            for (ivs, streams) in ivs.as_chunks::<{ 2 * LANES }>().0.iter().zip(pairs) {
+                let mut blocks = [[zero(); COLUMNS]; 2];
+                for (blocks, ivs) in blocks.iter_mut().zip(ivs.as_chunks().0) {
+                    let iv = load_ivs(ivs);
+                    for (s, block) in blocks.iter_mut().enumerate() {
+                        *block = xor(iv, broadcast(counter_block(s + 1)));
+                    }
+                }
+                encrypt::<10, _, _, _, _, _>(&[[key]], &mut blocks);
+                for (blocks, streams) in blocks.iter().zip(streams.as_chunks_mut::<LANES>().0) {
+                    for (s, block) in blocks.iter().enumerate() {
+                        for (stream, lane) in streams.iter_mut().zip(to_lanes(*block)) {
+                            store(&mut stream[s], lane);
+                        }
+                    }
+                }
             }
         }
 
@@ -94,12 +112,12 @@ macro_rules! gcm_kernel {
 
         /// The tags of a subgroup: written behind the ciphertexts, or compared.
         ///
-        /// `SITE`, `L` and `S` make an instance for each place that calls this: a function with one caller is sure to
-        /// be inlined, which no attribute can ask for where there are target features, and a call would put all
-        /// registers on the stack.
+        /// `SITE`, `ALIKE`, `L` and `S` make an instance for each place that calls this: a function with one caller is
+        /// sure to be inlined, which no attribute can ask for where there are target features, and a call would put
+        /// all registers on the stack.
         #[target_feature(enable = $features)]
         #[inline]
-        fn finish<const SITE: usize, const L: usize, const S: usize>(
+        fn finish<const SITE: usize, const ALIKE: bool, const L: usize, const S: usize>(
             tags: V,
             start: Start<LANES>,
             job: &mut Job<'_>,
@@ -192,10 +210,11 @@ macro_rules! gcm_kernel {
         }
 
         /// AES of every block under the key of its lane, in place. `keys` holds the keys of each subgroup's lanes, or
-        /// of one subgroup for all (`G` = 1).
+        /// of one subgroup for all (`G` = 1). (For `SITE`, see [`finish`].)
         #[target_feature(enable = $features)]
         #[inline]
         fn encrypt<
+            const SITE: usize,
             K: AsRef<Schedule>,
             const G: usize,
             const L: usize,
@@ -205,7 +224,7 @@ macro_rules! gcm_kernel {
             keys: &[[&K; L]; G],
             blocks: &mut [[V; S]; I],
         ) {
-            for round in begin_rounds(keys, blocks)..ROUND_KEYS - 1 {
+            for round in begin_rounds::<SITE, _, _, _, _, _>(keys, blocks)..ROUND_KEYS - 1 {
                 middle_round(keys, blocks, round);
             }
             last_round(keys, blocks);
@@ -215,6 +234,7 @@ macro_rules! gcm_kernel {
         #[target_feature(enable = $features)]
         #[inline]
         fn begin_rounds<
+            const SITE: usize,
             K: AsRef<Schedule>,
             const G: usize,
             const L: usize,
@@ -353,6 +373,7 @@ macro_rules! gcm_kernel {
 
         super::short::short_kernel!($features);
         super::long::long_kernel!($features);
+        super::aads::aads_kernel!($features);
     };
 }
 

@@ -28,6 +28,7 @@ gcm_kernel! {
     fn broadcast(block: __m128i) -> V { block }
     fn from_lanes(lanes: [__m128i; LANES]) -> V { lanes[0] }
     fn to_lanes(register: V) -> [__m128i; LANES] { [register] }
+    fn load_end(bytes: &[u8]) -> __m128i { load_tail(bytes) }
     fn load_ivs(ivs: &[Iv; LANES]) -> V {
         let mut bytes = [0; 16];
         bytes[..12].copy_from_slice(&ivs[0]);
@@ -41,6 +42,42 @@ set_up_kernel!("aes,pclmulqdq,sse4.1,ssse3");
 #[target_feature(enable = "aes,pclmulqdq,sse4.1,ssse3")]
 pub(super) fn set_up_powers_of(context: &mut Context) {
     let mut block = [[zero(); 1]; 1];
-    encrypt(&[[&context.schedule]], &mut block);
+    encrypt::<0, _, _, _, _, _>(&[[&context.schedule]], &mut block);
     set_up_powers(block[0][0], std::array::from_mut(context));
+}
+
+/// Seals one message whose key stream is there. As many bytes as the stream has at most, and a tag behind them.
+#[target_feature(enable = "aes,pclmulqdq,sse4.1,ssse3")]
+pub(super) fn seal_one(
+    key: &Context,
+    stream: &Stream,
+    aad: &[u8],
+    plaintext: &[u8],
+    out: &mut [u8],
+) {
+    let (ciphertext, tag) = out.split_at_mut(plaintext.len());
+    let [mask, stream @ ..] = stream;
+    let blocks = aad.len().div_ceil(16) + plaintext.len().div_ceil(16) + 1;
+    let mut hash = Hash::new(zero(), blocks);
+    let (whole, rest) = aad.as_chunks::<16>();
+    for block in whole {
+        absorb(&[key], &mut hash, reverse_bytes(load(block)));
+    }
+    if !rest.is_empty() {
+        absorb(&[key], &mut hash, reverse_bytes(load_tail(aad)));
+    }
+    let (inputs, rest) = plaintext.as_chunks::<16>();
+    let (outputs, rest_out) = ciphertext.as_chunks_mut::<16>();
+    for ((input, output), stream) in inputs.iter().zip(outputs).zip(stream) {
+        let block = xor(load(input), load(stream));
+        store(output, block);
+        absorb(&[key], &mut hash, reverse_bytes(block));
+    }
+    if !rest.is_empty() {
+        store_head(rest_out, xor(load_tail(rest), load(&stream[inputs.len()])));
+        absorb(&[key], &mut hash, reverse_bytes(load_tail(rest_out)));
+    }
+    absorb(&[key], &mut hash, length_block(aad.len(), plaintext.len()));
+    let tag: &mut [u8; 16] = tag.try_into().expect("TAG_LEN");
+    store(tag, xor(reverse_bytes(total(&hash)), load(mask)));
 }

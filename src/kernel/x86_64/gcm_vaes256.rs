@@ -28,6 +28,7 @@ gcm_kernel! {
     fn to_lanes(register: V) -> [__m128i; LANES] {
         [_mm256_castsi256_si128(register), _mm256_extracti128_si256::<1>(register)]
     }
+    fn load_end(bytes: &[u8]) -> __m128i { load_tail(bytes) }
     fn load_ivs(ivs: &[Iv; LANES]) -> V {
         // The second load begins with four bytes of the first IV, so that neither reads past the end.
         let bytes = ivs.as_flattened();

@@ -37,6 +37,12 @@ gcm_kernel! {
             _mm512_extracti32x4_epi32::<3>(register),
         ]
     }
+    fn load_end(bytes: &[u8]) -> __m128i {
+        let at = bytes.len().saturating_sub(1) / 16 * 16;
+        let there = _cvtu32_mask16((1 << (bytes.len() - at)) - 1);
+        // SAFETY: `there` selects what `bytes` has from `at` on, 16 bytes at most; the load touches no others.
+        unsafe { _mm_maskz_loadu_epi8(there, bytes.as_ptr().add(at).cast()) }
+    }
     fn load_ivs(ivs: &[Iv; LANES]) -> V {
         // 48 bytes in three loads; then twelve of them into each lane.
         let bytes = ivs.as_flattened();

@@ -17,9 +17,9 @@ pub(super) struct Job<'a> {
     plaintexts: &'a [u8],
     /// Ciphertext and tag of each message, of an opening job.
     sealed: &'a [&'a [u8]],
+    /// From the first output on.
     out: &'a mut [u8],
     stride: usize,
-    offset: usize,
     verdicts: &'a mut [bool],
     /// The length of every AAD, if they have one.
     aad_len: Option<usize>,
@@ -35,27 +35,13 @@ pub(super) struct Start<const LANES: usize> {
 
 impl<'a> Job<'a> {
     pub(super) fn seal(job: Seal<'a>) -> Self {
+        job.check();
         let Seal { keys: _, ivs, aads, len, plaintexts, out, stride, offset } = job;
-        let count = ivs.len();
-        assert_eq!(aads.len(), count);
-        assert_eq!(Some(plaintexts.len()), count.checked_mul(len));
-        assert_eq!(Some(out.len()), count.checked_mul(stride));
-        let end = len.checked_add(TAG_LEN).and_then(|end| end.checked_add(offset));
-        assert!(end.is_some_and(|end| end <= stride));
         let (sealed, verdicts, aad_len) = (&[][..], &mut [][..], common_len(aads));
-        Self {
-            opens: false,
-            ivs,
-            aads,
-            len,
-            plaintexts,
-            sealed,
-            out,
-            stride,
-            offset,
-            verdicts,
-            aad_len,
-        }
+        // Not kept beside the stride: both would be copied as one register, which waits until the caller's stores of
+        // the two have reached the cache.
+        let out = &mut out[if ivs.is_empty() { 0 } else { offset }..];
+        Self { opens: false, ivs, aads, len, plaintexts, sealed, out, stride, verdicts, aad_len }
     }
 
     pub(super) fn open(job: Open<'a>) -> Self {
@@ -64,21 +50,9 @@ impl<'a> Job<'a> {
         assert!(aads.len() == count && sealed.len() == count && verdicts.len() == count);
         assert_eq!(Some(out.len()), count.checked_mul(len));
         assert_eq!(common_len(sealed), len.checked_add(TAG_LEN));
-        let (stride, offset, aad_len) = (len, 0, common_len(aads));
+        let (stride, aad_len) = (len, common_len(aads));
         let plaintexts = &[];
-        Self {
-            opens: true,
-            ivs,
-            aads,
-            len,
-            plaintexts,
-            sealed,
-            out,
-            stride,
-            offset,
-            verdicts,
-            aad_len,
-        }
+        Self { opens: true, ivs, aads, len, plaintexts, sealed, out, stride, verdicts, aad_len }
     }
 
     #[inline]
@@ -110,10 +84,10 @@ impl<'a> Job<'a> {
         1 + self.len.div_ceil(16)
     }
 
-    /// The number of blocks of each message, if it is whole and all AADs have one length.
+    /// The number of blocks of each message, if these are one, two or four whole ones.
     #[inline]
     pub(super) fn short_blocks(&self) -> Option<usize> {
-        (self.aad_len.is_some() && self.len.is_multiple_of(16)).then_some(self.len / 16)
+        matches!(self.len, 16 | 32 | 64).then_some(self.len / 16)
     }
 
     #[inline]
@@ -141,7 +115,7 @@ impl<'a> Job<'a> {
     /// The outputs of a subgroup's messages: each is good for writing `len` bytes, and a tag behind them when sealing.
     #[inline]
     pub(super) fn outputs<const LANES: usize>(&mut self, start: Start<LANES>) -> [*mut u8; LANES] {
-        let first = self.out.as_mut_ptr().wrapping_add(start.at * self.stride + self.offset);
+        let first = self.out.as_mut_ptr().wrapping_add(start.at * self.stride);
         std::array::from_fn(|l| first.wrapping_add(l * self.stride))
     }
 

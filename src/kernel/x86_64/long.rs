@@ -110,7 +110,7 @@ macro_rules! long_kernel {
                     streams[g][s] = xor(strip.ivs[g], counter);
                 }
             }
-            encrypt(strip.keys, &mut streams);
+            encrypt::<0, _, _, _, _, _>(strip.keys, &mut streams);
             for g in 0..I {
                 let (keys, start) = (&strip.keys[g], strip.starts[g]);
                 let State { hash, mask } = &mut states[g];
@@ -120,7 +120,7 @@ macro_rules! long_kernel {
                     *hash = advance_whole::<L, S>(keys, start, at, &streams[g], *hash, job);
                     if at + S * 16 == job.len() {
                         let tags = end(keys, start, *hash, *mask, job);
-                        finish::<4, L, I>(tags, start, job);
+                        finish::<4, false, L, I>(tags, start, job);
                     }
                     continue;
                 }
@@ -133,42 +133,10 @@ macro_rules! long_kernel {
                 let at = column.saturating_sub(1) * 16;
                 *hash = advance::<L>(keys, start, at, streams, *hash, job);
                 if at + streams.len() * 16 >= job.len() {
-                    finish::<5, L, I>(end(keys, start, *hash, *mask, job), start, job);
+                    finish::<5, false, L, I>(end(keys, start, *hash, *mask, job), start, job);
                 }
             }
             S
-        }
-
-        /// The hash of each AAD. A lane with fewer blocks than another gets zero blocks in front.
-        #[target_feature(enable = $features)]
-        #[inline(never)]
-        fn hash_aads<const L: usize>(
-            keys: &[&Context; L],
-            start: Start<LANES>,
-            aad_blocks: usize,
-            job: &Job<'_>,
-        ) -> V {
-            let aads = job.aads(start);
-            let missing = aads.map(|aad| aad_blocks - aad.len().div_ceil(16));
-            let whole = aads.iter().all(|aad| aad.len() == aad_blocks * 16);
-            let places = aads.map(<[u8]>::as_ptr);
-            let mut hash = Hash::new(zero(), aad_blocks);
-            for index in 0..aad_blocks {
-                let block = if whole {
-                    // SAFETY: every AAD has `aad_blocks` whole blocks.
-                    unsafe { load_lanes(places, index * 16) }
-                } else {
-                    let mut lanes = [from_u128(0); LANES];
-                    for l in 0..LANES {
-                        if index >= missing[l] {
-                            lanes[l] = aad_block(aads[l], index - missing[l]);
-                        }
-                    }
-                    from_lanes(lanes)
-                };
-                absorb(keys, &mut hash, reverse_bytes(block));
-            }
-            total(&hash)
         }
 
         /// `S` whole blocks of each message of a subgroup, with one reduction.

@@ -8,6 +8,7 @@
 //! ```
 #![expect(unsafe_code, reason = "the one call of each kernel, and the operations of registers")]
 
+mod aads;
 mod block;
 mod chacha_avx512;
 mod gcm;
@@ -26,7 +27,10 @@ use std::arch::x86_64::{
 use zeroize::{Zeroize, zeroize_stack};
 
 use self::{block::to_u128, job::Job};
-use super::{BlockKey, BlockPair, KeyRef, Keys, Open, STACK_LEN, Seal};
+use super::{
+    BlockKey, BlockPair, Iv, KeyRef, Keys, Open, STACK_LEN, Seal,
+    ahead::{AHEAD, Stream},
+};
 use crate::cpu::{Vaes512, Wide};
 
 /// Round keys of AES-256, the most there are.
@@ -139,10 +143,14 @@ impl Context {
     /// Asks for the context to be brought into the first cache.
     #[inline]
     fn prefetch(&self) {
-        let start = std::ptr::from_ref(self).cast::<i8>();
+        Self::prefetch_at(std::ptr::from_ref(self).addr());
+    }
+
+    /// The same for what is known to lie, or to have lain, at an address.
+    #[inline]
+    pub(super) fn prefetch_at(address: usize) {
         for line in (0..size_of::<Self>()).step_by(64) {
-            // SAFETY: a hint, which reads nothing and cannot fault.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line)) };
+            prefetch_at(address.wrapping_add(line));
         }
     }
 }
@@ -151,6 +159,13 @@ impl Drop for Context {
     fn drop(&mut self) {
         self.powers.as_flattened_mut().zeroize();
     }
+}
+
+/// Asks for what lies at an address to be brought into the first cache.
+#[inline]
+pub(super) fn prefetch_at(address: usize) {
+    // SAFETY: a hint, which reads nothing and cannot fault, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(address)) };
 }
 
 /// SubWord: the last round of AES on four equal columns, where ShiftRows changes nothing. Constant in time.
@@ -188,6 +203,30 @@ pub(super) fn seal_and_wipe(wide: Wide, job: Seal<'_>) {
 const SMALL_LEN: usize = 64;
 /// ... and how much: the frames of optimised builds add up to 1.7 KiB.
 const SMALL_STACK_LEN: usize = if cfg!(debug_assertions) { STACK_LEN } else { 2048 };
+
+/// The streams of `ivs`.
+pub(super) fn key_streams(context: &Context, ivs: &[Iv; AHEAD], streams: &mut [Stream; AHEAD]) {
+    match context.wide() {
+        // SAFETY: the token proves the features of the tier.
+        Wide::AesNi(_) => unsafe { gcm_aesni::key_streams(context, ivs, streams) },
+        // SAFETY: as above.
+        Wide::Vaes256(_) => unsafe { gcm_vaes256::key_streams(context, ivs, streams) },
+        // SAFETY: as above.
+        Wide::Vaes512(_) => unsafe { gcm_vaes512::key_streams(context, ivs, streams) },
+    }
+}
+
+/// Seals one message of at most as many bytes as `stream` has for it. `out` is [`TAG_LEN`] bytes longer.
+pub(super) fn seal_one(
+    context: &Context,
+    stream: &Stream,
+    aad: &[u8],
+    plaintext: &[u8],
+    out: &mut [u8],
+) {
+    // SAFETY: every token of `Wide`, which a context has, proves what the tier `aesni` needs.
+    unsafe { gcm_aesni::seal_one(context, stream, aad, plaintext, out) }
+}
 
 pub(super) fn open_many(wide: Wide, job: Open<'_>) {
     let keys = job.keys;

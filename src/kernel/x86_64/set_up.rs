@@ -38,7 +38,7 @@ macro_rules! set_up_kernel {
                     blocks[g][s] = from_lanes(pairs.map(|pair| load(&pair[s])));
                 }
             }
-            encrypt(&keys, &mut blocks);
+            encrypt::<0, _, _, _, _, _>(&keys, &mut blocks);
             for g in 0..I {
                 let done = [to_lanes(blocks[g][0]), to_lanes(blocks[g][1])];
                 for (l, pair) in starts[g].of_mut(pairs).iter_mut().enumerate() {

@@ -1,4 +1,4 @@
-//! Short messages of a few whole blocks, with AADs of one length: data keys.
+//! Short messages of a few whole blocks: data keys. Their AADs are `ALIKE` if they have one length.
 //!
 //! # Shape
 //! All columns of a pass stay in registers. Where a tier says so (`OVERLAP`), passes of two subgroups overlap: what one
@@ -36,6 +36,7 @@ macro_rules! short_kernel {
 
         /// What is the same for all messages of a job of `S - 1` blocks each.
         struct Common {
+            /// Of AADs that are alike, as all that follows.
             aad_len: usize,
             /// Brings the last bytes of the AAD, loaded as the end of 16 bytes, to their places, byte-reversed.
             tail_places: V,
@@ -45,52 +46,71 @@ macro_rules! short_kernel {
             ending: Option<Product>,
         }
 
-        /// Seals or opens messages of `S - 1` whole blocks whose AADs have one length; `ONE` if one key serves all.
+        /// Seals or opens messages of `blocks` whole blocks (see [`Job::short_blocks`]); `ONE` if one key serves all.
+        #[target_feature(enable = $features)]
+        #[inline(never)]
+        fn run_short<'a, const ONE: bool, const L: usize>(
+            blocks: usize,
+            keys: impl Fn(Start<LANES>) -> [&'a Context; L],
+            job: &mut Job<'_>,
+        ) {
+            match (blocks, job.aad_len().is_some()) {
+                (1, true) => run_blocks::<true, ONE, L, 2>(keys, job),
+                (1, false) => run_blocks::<false, ONE, L, 2>(keys, job),
+                (2, true) => run_blocks::<true, ONE, L, 3>(keys, job),
+                (2, false) => run_blocks::<false, ONE, L, 3>(keys, job),
+                (4, true) => run_blocks::<true, ONE, L, 5>(keys, job),
+                (4, false) => run_blocks::<false, ONE, L, 5>(keys, job),
+                _ => unreachable!("not short"),
+            }
+        }
+
+        /// Messages of `S - 1` blocks; `ALIKE` if their AADs have one length.
         ///
         /// Passes overlap for one key only: keys for each lane are loads and shuffles enough to fill the AES rounds.
         #[target_feature(enable = $features)]
-        #[inline(never)]
-        fn run_short<'a, const ONE: bool, const L: usize, const S: usize>(
+        #[inline]
+        fn run_blocks<'a, const ALIKE: bool, const ONE: bool, const L: usize, const S: usize>(
             keys: impl Fn(Start<LANES>) -> [&'a Context; L],
             job: &mut Job<'_>,
         ) {
             let mut passes = Passes::new(job.count());
-            let common = Common::new::<ONE, L, S>(&keys(Start::FIRST), job);
+            let common = Common::new::<ALIKE, ONE, L, S>(&keys(Start::FIRST), job);
             if OVERLAP && ONE {
                 let key = keys(Start::FIRST)[0];
                 let mut pending: Option<Pending<S>> = None;
                 loop {
                     let starts = passes.next_two();
                     let mut rounds = match starts {
-                        Some(starts) => Rounds::<S>::begin(key, starts, job),
+                        Some(starts) => Rounds::<S>::begin::<ALIKE>(key, starts, job),
                         None => Rounds::none(key),
                     };
                     if let Some(pending) = pending.take() {
-                        pending.hash::<0, { PAIRED[0] }>(&mut rounds, job);
-                        pending.hash::<1, { PAIRED[1] }>(&mut rounds, job);
+                        pending.hash::<ALIKE, 0, { PAIRED[0] }>(&mut rounds, job);
+                        pending.hash::<ALIKE, 1, { PAIRED[1] }>(&mut rounds, job);
                     }
                     let Some(starts) = starts else { break };
                     rounds.finish();
-                    pending = Some(rounds.crypt(&common, starts, job));
+                    pending = Some(rounds.crypt::<ALIKE>(&common, starts, job));
                 }
             }
             // As many columns as fit in 16 registers, or nearly so.
             while let Some(pass) = passes.next(if S > 3 { 2 } else { 4 }) {
                 match (pass, ONE) {
                     (Pass::One(starts), _) => {
-                        short_pass::<L, 1, 1, S>(&common, &starts.map(&keys), starts, job);
+                        short_pass::<ALIKE, L, 1, 1, S>(&common, &starts.map(&keys), starts, job);
                     }
                     (Pass::Two(starts), true) => {
-                        short_pass::<L, 1, 2, S>(&common, &[keys(starts[0])], starts, job);
+                        short_pass::<ALIKE, L, 1, 2, S>(&common, &[keys(starts[0])], starts, job);
                     }
                     (Pass::Two(starts), false) => {
-                        short_pass::<L, 2, 2, S>(&common, &starts.map(&keys), starts, job);
+                        short_pass::<ALIKE, L, 2, 2, S>(&common, &starts.map(&keys), starts, job);
                     }
                     (Pass::Four(starts), true) => {
-                        short_pass::<L, 1, 4, S>(&common, &[keys(starts[0])], starts, job);
+                        short_pass::<ALIKE, L, 1, 4, S>(&common, &[keys(starts[0])], starts, job);
                     }
                     (Pass::Four(starts), false) => {
-                        short_pass::<L, 4, 4, S>(&common, &starts.map(&keys), starts, job);
+                        short_pass::<ALIKE, L, 4, 4, S>(&common, &starts.map(&keys), starts, job);
                     }
                 }
             }
@@ -99,13 +119,14 @@ macro_rules! short_kernel {
         impl Common {
             #[target_feature(enable = $features)]
             #[inline]
-            fn new<const ONE: bool, const L: usize, const S: usize>(
+            fn new<const ALIKE: bool, const ONE: bool, const L: usize, const S: usize>(
                 keys: &[&Context; L],
                 job: &Job<'_>,
             ) -> Self {
-                let aad_len = job.aad_len().expect("one length");
+                let aad_len = job.aad_len().unwrap_or_default();
                 let lengths = broadcast(length_block(aad_len, (S - 1) * 16));
-                let ending = if ONE { Some(multiply(lengths, power(keys, 0))) } else { None };
+                let ending =
+                    if ALIKE && ONE { Some(multiply(lengths, power(keys, 0))) } else { None };
                 Self { aad_len, tail_places: broadcast(tail_places(aad_len % 16)), lengths, ending }
             }
         }
@@ -143,9 +164,17 @@ macro_rules! short_kernel {
         impl<'a, const S: usize> Rounds<'a, S> {
             #[target_feature(enable = $features)]
             #[inline]
-            fn begin(key: &'a Context, starts: [Start<LANES>; 2], job: &Job<'_>) -> Self {
+            fn begin<const ALIKE: bool>(
+                key: &'a Context,
+                starts: [Start<LANES>; 2],
+                job: &Job<'_>,
+            ) -> Self {
                 let mut blocks = counters(starts, job);
-                let next = begin_rounds(&[[key]], &mut blocks);
+                // For each place an instance, as of `finish`.
+                let next = match ALIKE {
+                    true => begin_rounds::<3, _, _, _, _, _>(&[[key]], &mut blocks),
+                    false => begin_rounds::<4, _, _, _, _, _>(&[[key]], &mut blocks),
+                };
                 Self { key, blocks, next }
             }
 
@@ -178,7 +207,7 @@ macro_rules! short_kernel {
             /// Takes the key stream to the messages.
             #[target_feature(enable = $features)]
             #[inline]
-            fn crypt(
+            fn crypt<const ALIKE: bool>(
                 &self,
                 common: &Common,
                 starts: [Start<LANES>; 2],
@@ -197,8 +226,18 @@ macro_rules! short_kernel {
                     }
                 }
                 let sums = [
-                    hash_short_aads::<{ PAIRED[0] }, 1, S>(common, &[self.key], starts[0], job),
-                    hash_short_aads::<{ PAIRED[1] }, 1, S>(common, &[self.key], starts[1], job),
+                    hash_short_aads::<{ PAIRED[0] }, ALIKE, 1, S>(
+                        common,
+                        &[self.key],
+                        starts[0],
+                        job,
+                    ),
+                    hash_short_aads::<{ PAIRED[1] }, ALIKE, 1, S>(
+                        common,
+                        &[self.key],
+                        starts[1],
+                        job,
+                    ),
                 ];
                 Pending { starts, blocks, sums }
             }
@@ -208,7 +247,7 @@ macro_rules! short_kernel {
             /// Computes the tags of subgroup `G`, and writes or compares them, while `rounds` go on.
             #[target_feature(enable = $features)]
             #[inline]
-            fn hash<const G: usize, const SITE: usize>(
+            fn hash<const ALIKE: bool, const G: usize, const SITE: usize>(
                 &self,
                 rounds: &mut Rounds<'_, S>,
                 job: &mut Job<'_>,
@@ -224,14 +263,20 @@ macro_rules! short_kernel {
                 let hash = fold(middle, sum.high);
                 rounds.advance();
                 let tags = xor(reverse_bytes(hash), self.blocks[G][0]);
-                finish::<SITE, 1, S>(tags, self.starts[G], job);
+                finish::<SITE, ALIKE, 1, S>(tags, self.starts[G], job);
             }
         }
 
         /// A pass on its own, of `I` subgroups.
         #[target_feature(enable = $features)]
         #[inline]
-        fn short_pass<const L: usize, const G: usize, const I: usize, const S: usize>(
+        fn short_pass<
+            const ALIKE: bool,
+            const L: usize,
+            const G: usize,
+            const I: usize,
+            const S: usize,
+        >(
             common: &Common,
             keys: &[[&Context; L]; G],
             starts: [Start<LANES>; I],
@@ -243,10 +288,14 @@ macro_rules! short_kernel {
                 keys.iter().flatten().for_each(|key| key.prefetch());
             }
             let mut streams = counters::<I, S>(starts, job);
-            encrypt(keys, &mut streams);
+            if ALIKE {
+                encrypt::<1, _, _, _, _, _>(keys, &mut streams);
+            } else {
+                encrypt::<2, _, _, _, _, _>(keys, &mut streams);
+            }
             for g in 0..I {
                 let keys = &keys[if G == 1 { 0 } else { g }];
-                let mut sum = hash_short_aads::<I, L, S>(common, keys, starts[g], job);
+                let mut sum = hash_short_aads::<I, ALIKE, L, S>(common, keys, starts[g], job);
                 let (inputs, outputs) = (job.inputs(starts[g]), job.outputs(starts[g]));
                 for s in 1..S {
                     // SAFETY: an input has `len` bytes, which are S - 1 blocks.
@@ -258,7 +307,7 @@ macro_rules! short_kernel {
                     sum = add(sum, multiply(hashed, power(keys, S - s)));
                 }
                 let tags = xor(reverse_bytes(reduce(sum)), streams[g][0]);
-                finish::<I, L, S>(tags, starts[g], job);
+                finish::<I, ALIKE, L, S>(tags, starts[g], job);
             }
         }
 
@@ -283,12 +332,15 @@ macro_rules! short_kernel {
         /// What the AADs and lengths add to the hash of each message. (For `SITE`, see [`finish`].)
         #[target_feature(enable = $features)]
         #[inline]
-        fn hash_short_aads<const SITE: usize, const L: usize, const S: usize>(
+        fn hash_short_aads<const SITE: usize, const ALIKE: bool, const L: usize, const S: usize>(
             common: &Common,
             keys: &[&Context; L],
             start: Start<LANES>,
             job: &Job<'_>,
         ) -> Product {
+            if !ALIKE {
+                return hash_unlike_aads::<SITE, L, S>(keys, start, job);
+            }
             let mut sum = match common.ending {
                 Some(ending) => ending,
                 None => multiply(common.lengths, power(keys, 0)),
