@@ -215,6 +215,27 @@ pub(crate) fn thread_number() -> usize {
     })
 }
 
+/// The process, the time and the thread of a call: what the states that outlive a call are looked for with.
+#[derive(Clone, Copy)]
+pub(crate) struct Moment {
+    pub(crate) generation: Generation,
+    /// As [`coarse_ms`].
+    pub(crate) ms: u64,
+    /// As [`thread_number`].
+    pub(crate) thread: usize,
+}
+
+impl Moment {
+    pub(crate) fn now() -> Self {
+        Self { generation: generation(), ms: coarse_ms(), thread: thread_number() }
+    }
+
+    /// Always the same in one process.
+    pub(crate) fn fixed() -> Self {
+        Self { generation: generation(), ms: 0, thread: 0 }
+    }
+}
+
 /// A value that belongs to one process: a child makes its own on first use and abandons the inherited one.
 pub(crate) struct PerProcess<T>(ArcSwapOption<(Generation, T)>);
 

@@ -13,6 +13,9 @@ use uuid::{Builder, Uuid};
 pub struct RequestId(Uuid);
 
 impl RequestId {
+    /// No request's.
+    pub(crate) const NIL: Self = Self(Uuid::nil());
+
     /// Makes the id from 16 random bytes.
     pub(crate) fn from_random(bytes: [u8; 16]) -> Self {
         Self(Builder::from_random_bytes(bytes).into_uuid())

@@ -74,13 +74,14 @@ enum Inner {
 pub(crate) const HELD_LEN_MAX: usize = 32;
 
 impl SecretBytes {
-    /// Zeros, to be written once they are where they will stay. In place if they are few.
-    pub(crate) fn zeros_in_place(len: usize) -> Self {
-        match u8::try_from(len) {
-            Ok(short) if len <= HELD_LEN_MAX => {
-                Self(Inner::Held { len: short, bytes: [0; HELD_LEN_MAX] })
-            }
-            _ => Self(Inner::Own(vec![0; len])),
+    /// No bytes.
+    pub(crate) const EMPTY: Self = Self(Inner::Held { len: 0, bytes: [0; HELD_LEN_MAX] });
+
+    /// Makes room for `len` zeros, to be written once they are where they will stay. In place if they are few.
+    pub(crate) fn set_len_in_place(&mut self, len: usize) {
+        match (u8::try_from(len), &mut self.0) {
+            (Ok(short), Inner::Held { len: held, .. }) if len <= HELD_LEN_MAX => *held = short,
+            (_, inner) => *inner = Inner::Own(vec![0; len]),
         }
     }
 
@@ -143,7 +144,8 @@ impl Drop for Inner {
     fn drop(&mut self) {
         match self {
             Self::Own(bytes) => wipe(bytes),
-            Self::Held { bytes, .. } => bytes.zeroize(),
+            // As a slice: an array is zeroed byte by byte.
+            Self::Held { bytes, .. } => bytes.as_mut_slice().zeroize(),
             Self::View { .. } => {}
         }
     }

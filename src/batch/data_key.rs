@@ -52,21 +52,32 @@ enum Blob {
 /// The longest blob of a data key that is held in place.
 const SHORT_BLOB_MAX: usize = BLOB_HEAD_LEN + SALT_LEN + HELD_LEN_MAX + TAG_LEN;
 
+impl Kind {
+    /// A data key of no bytes, whose lengths are set where it lies. A constant: what is put together on the stack is
+    /// copied from there piece by piece.
+    const EMPTY: Self = Self::Own(OwnDataKey {
+        about: About::EMPTY,
+        plaintext: Some(SecretBytes::EMPTY),
+        blob: Blob::Short { len: 0, bytes: [0; SHORT_BLOB_MAX] },
+    });
+}
+
+impl About {
+    pub(crate) const EMPTY: Self =
+        Self { key_version_id: KeyVersionId::ZERO, iv: [0; IV_LEN], request_id: RequestId::NIL };
+}
+
 impl OwnDataKey {
-    /// Zeros of these lengths, to be written in place. `None` for a key that is not returned.
-    fn zeros(dek_len: Option<usize>, blob_len: usize) -> Self {
-        let blob = match u8::try_from(blob_len) {
-            Ok(len) if blob_len <= SHORT_BLOB_MAX => {
-                Blob::Short { len, bytes: [0; SHORT_BLOB_MAX] }
-            }
-            _ => Blob::Long(vec![0; blob_len]),
-        };
-        let about = About {
-            key_version_id: KeyVersionId::ZERO,
-            iv: [0; IV_LEN],
-            request_id: RequestId::from_random([0; 16]),
-        };
-        Self { about, plaintext: dek_len.map(SecretBytes::zeros_in_place), blob }
+    /// Makes room for zeros of these lengths. `None` for a key that is not returned.
+    fn set_lens(&mut self, dek_len: Option<usize>, blob_len: usize) {
+        match (dek_len, &mut self.plaintext) {
+            (Some(len), Some(plaintext)) => plaintext.set_len_in_place(len),
+            (_, plaintext) => *plaintext = None,
+        }
+        match (u8::try_from(blob_len), &mut self.blob) {
+            (Ok(short), Blob::Short { len, .. }) if blob_len <= SHORT_BLOB_MAX => *len = short,
+            (_, blob) => *blob = Blob::Long(vec![0; blob_len]),
+        }
     }
 
     /// What is to be written: the data key, if it is returned, and the blob.
@@ -104,8 +115,9 @@ impl DataKey {
         blob_len: usize,
         write: impl FnOnce(&mut About, Option<&mut [u8]>, &mut [u8]) -> Result<(), E>,
     ) -> Result<Self, E> {
-        let mut made = Box::new(Kind::Own(OwnDataKey::zeros(dek_len, blob_len)));
+        let mut made = Box::new(Kind::EMPTY);
         if let Kind::Own(own) = &mut *made {
+            own.set_lens(dek_len, blob_len);
             let (about, plaintext, blob) = own.parts();
             write(about, plaintext, blob)?;
         }
@@ -114,9 +126,9 @@ impl DataKey {
 
     /// A copy in memory of its own.
     pub(crate) fn copy(about: About, plaintext: Option<&[u8]>, blob: &[u8]) -> Self {
-        let mut made =
-            Box::new(Kind::Own(OwnDataKey::zeros(plaintext.map(<[u8]>::len), blob.len())));
+        let mut made = Box::new(Kind::EMPTY);
         if let Kind::Own(own) = &mut *made {
+            own.set_lens(plaintext.map(<[u8]>::len), blob.len());
             own.about = about;
             own.copy_from(plaintext, blob);
         }

@@ -17,7 +17,7 @@ use crate::{
     os,
     request::{GenerateDataKeyRequest, Operation, aads::AadSource, check_number_of_bytes},
     secret::Seed,
-    wrap::{Wrapper, blob::Form, state::Moment},
+    wrap::{Wrapper, blob::Form},
 };
 
 /// Batches of data keys.
@@ -229,6 +229,9 @@ impl Uniform<'_> {
     }
 }
 
+/// Wrapping states that are brought near together.
+const STATES_TOGETHER: usize = 32;
+
 impl Shared {
     fn generate_many(
         &self,
@@ -340,13 +343,18 @@ impl Shared {
         }
         let base = self.new_request_id()?;
         reserved.clear();
-        let moment = Moment::now(&self.rng);
-        for (group, count) in &plan.state_needs {
-            match &plan.groups[*group].version().wrapper {
-                Wrapper::Derived { root, states } => {
-                    reserved.push(states.reserve(root, &self.rng, moment, *count)?);
-                }
+        let moment = self.rng.moment();
+        for needs in plan.state_needs.chunks(STATES_TOGETHER) {
+            let states = |group: usize| match &plan.groups[group].version().wrapper {
+                Wrapper::Derived { root, states } => (root, states),
                 Wrapper::Direct(_) => unreachable!("only Derived versions have short runs"),
+            };
+            // A reservation waits for all that comes before it; hints do not.
+            needs.iter().for_each(|(group, _)| states(*group).1.prefetch(moment));
+            needs.iter().for_each(|(group, _)| states(*group).1.prefetch_state(moment));
+            for (group, count) in needs {
+                let (root, states) = states(*group);
+                reserved.push(states.reserve(root, &self.rng, moment, *count)?);
             }
         }
         let slot_count = plan.slot_count();

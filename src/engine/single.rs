@@ -6,24 +6,24 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroize;
 
 use super::{Engine, Shared, wraps};
 use crate::{
-    batch::data_key::DataKey,
+    batch::data_key::{About, DataKey},
     error::{Error, Result},
-    kernel::{self, Iv, KeyRef, Keys},
+    kernel::{self, Keys},
     keys::{
         KeyHandle, KeyVersionId,
         ring::{Key, KeyVersion},
     },
-    limits::{IV_LEN, NUMBER_OF_BYTES_MAX, SALT_LEN},
+    limits::{IV_LEN, SALT_LEN},
     request::{GenerateDataKeyRequest, Operation, check_aad},
     request_id::RequestId,
+    secret::SecretBytes,
     wrap::{
         Wrapper,
         blob::{Form, Layout},
-        state::Moment,
     },
 };
 
@@ -144,8 +144,11 @@ impl Engine {
                         "The blob has {needed} bytes, but its buffer has {given}."
                     ))
                 })?;
-                let request_id = shared.seal_one(version, &request, plaintext, iv, blob)?;
-                Ok(WrittenDataKey { key_version_id: version.id, blob_len: needed, request_id })
+                let mut about = About::EMPTY;
+                shared.seal_one(version, &request, plaintext, &mut about, blob)?;
+                let About { key_version_id, iv: made, request_id } = about;
+                *iv = made;
+                Ok(WrittenDataKey { key_version_id, blob_len: needed, request_id })
             })
         });
         if written.is_err() || !operation.returns_plaintext() {
@@ -220,17 +223,14 @@ impl Shared {
         self.with_version(key, request.operation, |version| {
             let returned = request.operation.returns_plaintext().then_some(request.dek_len);
             let blob_len = request.layout(version).len();
-            DataKey::make(returned, blob_len, |about, plaintext, blob| {
-                about.key_version_id = version.id;
-                about.request_id = match plaintext {
-                    Some(dek) => self.seal_one(version, request, dek, &mut about.iv, blob)?,
-                    None => {
-                        let mut dek = Zeroizing::new([0; NUMBER_OF_BYTES_MAX]);
-                        let dek = &mut dek[..request.dek_len];
-                        self.seal_one(version, request, dek, &mut about.iv, blob)?
-                    }
-                };
-                Ok(())
+            DataKey::make(returned, blob_len, |about, plaintext, blob| match plaintext {
+                Some(dek) => self.seal_one(version, request, dek, about, blob),
+                None => {
+                    let mut dek = SecretBytes::EMPTY;
+                    dek.set_len_in_place(request.dek_len);
+                    let dek = dek.expose_mut().expect("no view");
+                    self.seal_one(version, request, dek, about, blob)
+                }
             })
         })
     }
@@ -257,45 +257,45 @@ impl Shared {
         }
     }
 
-    /// Draws a data key into `plaintext` and wraps it.
+    /// Draws a data key into `plaintext` and wraps it. What is public goes into `about`.
     fn seal_one(
         &self,
         version: &KeyVersion,
         request: &Request<'_>,
         plaintext: &mut [u8],
-        iv: &mut Iv,
+        about: &mut About,
         blob: &mut [u8],
-    ) -> Result<RequestId> {
-        let mut id = [0; 16];
+    ) -> Result<()> {
+        let (mut id, iv) = ([0; 16], &mut about.iv);
         let layout = request.layout(version);
-        let mut seal = |key: KeyRef<'_>, iv: &Iv, salt: &[u8; SALT_LEN], plaintext: &[u8]| {
-            layout.write_head(blob, version.id.as_bytes(), iv, salt);
-            kernel::seal_and_wipe(kernel::Seal {
-                keys: Keys::One(key),
-                ivs: std::slice::from_ref(iv),
-                aads: &[request.aad],
-                len: request.dek_len,
-                plaintexts: plaintext,
-                out: blob,
-                stride: layout.len(),
-                offset: layout.ciphertext_at(),
-            });
-        };
+        let at = layout.ciphertext_at();
+        let moment = self.rng.moment();
         match &version.wrapper {
             Wrapper::Direct(key) => {
-                self.rng.fill_each(&mut [&mut id, iv, plaintext])?;
-                seal(key.key(), iv, &[0; SALT_LEN], plaintext);
+                self.rng.fill_each(moment, &mut [&mut id, iv, plaintext])?;
+                kernel::seal_and_wipe(kernel::Seal {
+                    keys: Keys::One(key.key()),
+                    ivs: std::slice::from_ref(iv),
+                    aads: &[request.aad],
+                    len: request.dek_len,
+                    plaintexts: plaintext,
+                    stride: layout.len(),
+                    out: blob,
+                    offset: at,
+                });
+                layout.write_head(blob, version.id.as_bytes(), iv, &[0; SALT_LEN]);
             }
             Wrapper::Derived { root, states } => {
-                let moment = Moment::now(&self.rng);
                 let mut state = states.take(root, &self.rng, moment, 1)?;
-                self.rng.fill_each(&mut [&mut id, plaintext])?;
-                *iv = state.advance(1);
-                seal(state.key(), iv, state.salt(), plaintext);
+                self.rng.fill_each(moment, &mut [&mut id, plaintext])?;
+                *iv = state.seal(request.aad, plaintext, &mut blob[at..])?;
+                layout.write_head(blob, version.id.as_bytes(), iv, state.salt());
                 states.put_back(state, moment);
             }
         }
-        Ok(RequestId::from_random(id))
+        about.key_version_id = version.id;
+        about.request_id = RequestId::from_random(id);
+        Ok(())
     }
 
     /// Takes one wrap, of the new primary version if an Advance operation found the old one spent and the key rotates.

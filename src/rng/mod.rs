@@ -16,6 +16,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     kernel,
     limits::{IV_LEN, SALT_LEN},
+    os::Moment,
     secret::Seed,
 };
 
@@ -44,16 +45,21 @@ impl Rng {
     /// # Errors
     /// `Machine` if the operating system gives no random bytes; `out` then holds nothing of use.
     pub(crate) fn fill(&self, out: &mut [u8]) -> Result<()> {
-        self.fill_each(&mut [out])
+        self.fill_each(self.moment(), &mut [out])
     }
 
-    /// Fills several places from the thread's pool, at the cost of one where they are short.
+    /// What states that outlive a call are looked for with. A deterministic engine must not depend on threads or time.
+    pub(crate) fn moment(&self) -> Moment {
+        if self.is_deterministic() { Moment::fixed() } else { Moment::now() }
+    }
+
+    /// Fills several places from the thread's pool, at the cost of one where they are short. `moment` is now.
     ///
     /// # Errors
     /// As [`Rng::fill`].
-    pub(crate) fn fill_each(&self, out: &mut [&mut [u8]]) -> Result<()> {
+    pub(crate) fn fill_each(&self, moment: Moment, out: &mut [&mut [u8]]) -> Result<()> {
         match self {
-            Self::Os(tier) => pool::fill(*tier, out),
+            Self::Os(tier) => pool::fill(*tier, moment, out),
             #[cfg(any(feature = "deterministic", fuzzing, test))]
             Self::Seeded { tier, seed, draws } => {
                 for part in out {

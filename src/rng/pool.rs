@@ -20,13 +20,16 @@ use crate::{
     error::Result,
     kernel,
     limits::{POOL_AGE_MAX, POOL_BYTES_MAX},
-    os::{self, Generation, LockedBox},
+    os::{self, Generation, LockedBox, Moment},
 };
 
 /// Bytes of one expansion: sixteen blocks, which the widest kernel makes at once.
 const EXPANSION_LEN: usize = 1024;
 /// Bytes of a ChaCha20 block.
 const BLOCK_LEN: usize = 64;
+/// Bytes of stack that hold parts of an expansion after the kernel has made it, and some more: the frames of optimised
+/// builds add up to 1.2 KiB.
+const USED_STACK_LEN: usize = if cfg!(debug_assertions) { kernel::STACK_LEN } else { 2048 };
 /// Bytes at the head of an expansion that are the next key.
 const KEY_LEN: usize = 32;
 
@@ -44,8 +47,8 @@ thread_local! {
     static POOL: RefCell<Option<Pool>> = const { RefCell::new(None) };
 }
 
-/// Fills every part, in order, from one expansion where they are short.
-pub(super) fn fill(tier: Tier, out: &mut [&mut [u8]]) -> Result<()> {
+/// Fills every part, in order, from one expansion where they are short. `moment` is now.
+pub(super) fn fill(tier: Tier, mut moment: Moment, out: &mut [&mut [u8]]) -> Result<()> {
     if !os::can_keep_state() {
         return fill_from_os(out);
     }
@@ -53,13 +56,12 @@ pub(super) fn fill(tier: Tier, out: &mut [&mut [u8]]) -> Result<()> {
     let filled = POOL.try_with(|pool| {
         let Ok(mut pool) = pool.try_borrow_mut() else { return fill_from_os(out) };
         loop {
-            let before = os::generation();
-            let pool = ready(&mut pool, before)?;
-            pool.draw(tier, out);
+            ready(&mut pool, moment)?.draw(tier, out);
             // A fork while we drew (from a signal handler, say) would leave both processes with these bytes.
-            if os::generation() == before {
+            if os::generation() == moment.generation {
                 return Ok(());
             }
+            moment = Moment::now();
         }
     });
     filled.unwrap_or_else(|_| fill_from_os(out))
@@ -70,25 +72,24 @@ fn fill_from_os(out: &mut [&mut [u8]]) -> Result<()> {
 }
 
 /// The thread's pool, seeded anew if it is absent, inherited, old or spent.
-fn ready(slot: &mut Option<Pool>, now: Generation) -> Result<&mut Pool> {
-    let now_ms = os::coarse_ms();
+fn ready(slot: &mut Option<Pool>, now: Moment) -> Result<&mut Pool> {
     let usable = slot.as_ref().is_some_and(|pool| {
-        pool.generation == now
+        pool.generation == now.generation
             && pool.handed_out < POOL_BYTES_MAX
-            && u128::from(now_ms.saturating_sub(pool.seeded_ms)) < POOL_AGE_MAX.as_millis()
+            && u128::from(now.ms.saturating_sub(pool.seeded_ms)) < POOL_AGE_MAX.as_millis()
     });
     if !usable {
-        seed_anew(slot, now, now_ms)?;
+        seed_anew(slot, now)?;
     }
     Ok(slot.as_mut().expect("just filled"))
 }
 
 #[cold]
-fn seed_anew(slot: &mut Option<Pool>, now: Generation, now_ms: u64) -> Result<()> {
+fn seed_anew(slot: &mut Option<Pool>, now: Moment) -> Result<()> {
     let mut seed = Zeroizing::new([0; KEY_LEN]);
     os_fill(&mut *seed)?;
     let bytes = match slot.take() {
-        Some(mut pool) if pool.generation == now => pool.bytes.take(),
+        Some(mut pool) if pool.generation == now.generation => pool.bytes.take(),
         // Inherited: abandoned by its drop.
         _ => None,
     };
@@ -102,8 +103,8 @@ fn seed_anew(slot: &mut Option<Pool>, now: Generation, now_ms: u64) -> Result<()
     *slot = Some(Pool {
         bytes,
         next: EXPANSION_LEN,
-        generation: now,
-        seeded_ms: now_ms,
+        generation: now.generation,
+        seeded_ms: now.ms,
         handed_out: 0,
     });
     Ok(())
@@ -146,9 +147,10 @@ impl Pool {
         let mut key = [0; KEY_LEN];
         key.copy_from_slice(&bytes[..KEY_LEN]);
         kernel::chacha_fill(tier, &key, 0, 0, bytes);
-        key.zeroize();
+        // As a slice: an array is zeroed byte by byte.
+        key.as_mut_slice().zeroize();
         self.next = KEY_LEN;
-        zeroize_stack::<{ kernel::STACK_LEN }>();
+        zeroize_stack::<USED_STACK_LEN>();
     }
 
     /// More than an expansion holds: it goes straight to the caller. Block 0 is for the next key.
@@ -184,7 +186,7 @@ mod tests {
             for round in 0..3000usize {
                 let mut out = vec![0; 32 + round % 400];
                 let mut other = vec![0; 16 + round % 90];
-                fill(Tier::PORTABLE, &mut [&mut out, &mut other]).unwrap();
+                fill(Tier::PORTABLE, Moment::now(), &mut [&mut out, &mut other]).unwrap();
                 seen.push(<[u8; 16]>::try_from(&other[..16]).unwrap());
                 seen.push(<[u8; 16]>::try_from(&out[..16]).unwrap());
                 seen.push(<[u8; 16]>::try_from(&out[out.len() - 16..]).unwrap());
@@ -199,7 +201,7 @@ mod tests {
     #[test]
     fn what_rests_does_not_lead_back() {
         let mut slot = None;
-        let pool = ready(&mut slot, os::generation()).unwrap();
+        let pool = ready(&mut slot, Moment::now()).unwrap();
         let seed: [u8; 32] = pool.bytes()[..KEY_LEN].try_into().unwrap();
         let (mut first, mut second) = ([0; 64], [0; 7]);
         pool.draw(Tier::PORTABLE, &mut [&mut first, &mut second]);
@@ -235,7 +237,7 @@ mod tests {
         let fresh_thread = std::thread::spawn(|| {
             os::tests::without_mark(|| {
                 let (mut one, mut other) = ([0; 32], [0; 32]);
-                fill(Tier::PORTABLE, &mut [&mut one, &mut other]).unwrap();
+                fill(Tier::PORTABLE, Moment::now(), &mut [&mut one, &mut other]).unwrap();
                 assert!(one != other && one != [0; 32]);
                 POOL.with_borrow(|pool| assert!(pool.is_none()));
             });
@@ -246,10 +248,10 @@ mod tests {
     #[test]
     fn a_spent_pool_is_seeded_anew() {
         let mut slot = None;
-        let pool = ready(&mut slot, os::generation()).unwrap();
+        let pool = ready(&mut slot, Moment::now()).unwrap();
         pool.handed_out = POOL_BYTES_MAX;
         let before = *pool.bytes();
-        let pool = ready(&mut slot, os::generation()).unwrap();
+        let pool = ready(&mut slot, Moment::now()).unwrap();
         assert_eq!(pool.handed_out, 0);
         assert_ne!(before[..KEY_LEN], pool.bytes()[..KEY_LEN]);
         assert_eq!((pool.next, &pool.bytes()[KEY_LEN..]), (EXPANSION_LEN, &[0; 992][..]));

@@ -6,7 +6,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering, fence},
+    atomic::{AtomicBool, AtomicUsize, Ordering, fence},
 };
 
 use crossbeam::{atomic::AtomicCell, utils::CachePadded};
@@ -15,9 +15,12 @@ use once_cell::race::OnceBox;
 use super::{derived::XaesKey, iv_plus};
 use crate::{
     error::Result,
-    kernel::{GcmKey, Iv, KeyRef},
+    kernel::{
+        self, GcmKey, Iv, Keys,
+        ahead::{AHEAD_LEN_MAX, KeyStreams},
+    },
     limits::{IV_LEN, SALT_LEN, STATE_AGE_MAX, STATE_SLOTS, STATE_WRAPS_MAX},
-    os::{self, Generation},
+    os::{self, Generation, Moment},
     rng::Rng,
 };
 
@@ -32,6 +35,8 @@ pub(crate) struct WrappingState {
     key: Arc<GcmKey>,
     next_iv: Iv,
     left: u64,
+    /// Of `next_iv` and those that follow it, once there was a single call.
+    streams: Option<KeyStreams>,
 }
 
 /// IVs `first_iv`, `first_iv + 1`, ... of one salt, for as many wraps as were asked for.
@@ -39,6 +44,16 @@ pub(crate) struct Reserved {
     pub(crate) salt: [u8; SALT_LEN],
     pub(crate) key: Arc<GcmKey>,
     pub(crate) first_iv: Iv,
+    /// Where the key itself lies, for [`Reserved::prefetch`] alone.
+    place: usize,
+}
+
+impl Reserved {
+    /// Asks for the key to be brought into the caches, without a look at what leads to it: a hint.
+    pub(crate) fn prefetch(&self) {
+        kernel::prefetch_at(Arc::as_ptr(&self.key).addr());
+        kernel::prefetch_key_at(self.place);
+    }
 }
 
 /// The wrapping states of one key version.
@@ -51,25 +66,13 @@ pub(crate) struct StateSlots {
 
 /// Each on cache lines of its own: threads do not share them.
 #[derive(Default)]
-struct Slots([CachePadded<AtomicCell<Option<Box<WrappingState>>>>; STATE_SLOTS]);
+struct Slots([CachePadded<Slot>; STATE_SLOTS]);
 
-/// What a state is looked for with: the process, the time, and the slot of the thread.
-#[derive(Clone, Copy)]
-pub(crate) struct Moment {
-    generation: Generation,
-    now_ms: u64,
-    slot: usize,
-}
-
-impl Moment {
-    pub(crate) fn now(rng: &Rng) -> Self {
-        let generation = os::generation();
-        // A deterministic engine must not depend on threads or time.
-        if rng.is_deterministic() {
-            return Self { generation, now_ms: 0, slot: 0 };
-        }
-        Self { generation, now_ms: os::coarse_ms(), slot: os::thread_number() % STATE_SLOTS }
-    }
+#[derive(Default)]
+struct Slot {
+    state: AtomicCell<Option<Box<WrappingState>>>,
+    /// Where the state lies and where its key does, for [`StateSlots::prefetch_state`] alone.
+    places: [AtomicUsize; 3],
 }
 
 impl StateSlots {
@@ -90,7 +93,8 @@ impl StateSlots {
         assert!(count <= STATE_WRAPS_MAX);
         let mut state = self.take(root, rng, moment, count)?;
         let first_iv = state.advance(count);
-        let reserved = Reserved { salt: state.salt, key: Arc::clone(&state.key), first_iv };
+        let (salt, key) = (state.salt, Arc::clone(&state.key));
+        let reserved = Reserved { salt, place: key.key().place(), key, first_iv };
         self.put_back(state, moment);
         Ok(reserved)
     }
@@ -107,14 +111,14 @@ impl StateSlots {
         moment: Moment,
         count: u64,
     ) -> Result<Box<WrappingState>> {
-        let usable = match self.slot(moment).take() {
+        let usable = match self.slot(moment).state.take() {
             Some(inherited) if inherited.generation != moment.generation => {
                 std::mem::forget(inherited);
                 None
             }
             found => found.filter(|state| {
                 state.left >= count
-                    && u128::from(moment.now_ms.saturating_sub(state.born_ms))
+                    && u128::from(moment.ms.saturating_sub(state.born_ms))
                         < STATE_AGE_MAX.as_millis()
             }),
         };
@@ -129,8 +133,12 @@ impl StateSlots {
         if !os::can_keep_state() || self.resting.load(Ordering::Acquire) {
             return;
         }
+        let slot = self.slot(moment);
+        for (place, at) in slot.places.iter().zip(state.places()) {
+            place.store(at, Ordering::Relaxed);
+        }
         // Dropped, if another thread of this slot was faster.
-        drop(self.slot(moment).swap(Some(state)));
+        drop(slot.state.swap(Some(state)));
         // `rest` may have passed over the slot while the state was out of it, or before there were slots. The swap, and
         // the fence there, keep the order on both sides: one of the two sees the other.
         if self.resting.load(Ordering::SeqCst) {
@@ -138,8 +146,25 @@ impl StateSlots {
         }
     }
 
-    fn slot(&self, moment: Moment) -> &AtomicCell<Option<Box<WrappingState>>> {
-        &self.slots.get_or_init(Box::default).0[moment.slot]
+    /// Asks for the slot to be brought into the caches: a hint, for who will take from many versions and would wait
+    /// for the slot of each by itself, since an atomic swap waits for all that comes before it.
+    pub(crate) fn prefetch(&self, moment: Moment) {
+        if let Some(slots) = self.slots.get() {
+            kernel::prefetch(&slots.0[moment.thread % STATE_SLOTS]);
+        }
+    }
+
+    /// The same for what is in the slot, once that is near.
+    pub(crate) fn prefetch_state(&self, moment: Moment) {
+        if let Some(slots) = self.slots.get() {
+            for place in &slots.0[moment.thread % STATE_SLOTS].places {
+                kernel::prefetch_at(place.load(Ordering::Relaxed));
+            }
+        }
+    }
+
+    fn slot(&self, moment: Moment) -> &Slot {
+        &self.slots.get_or_init(Box::default).0[moment.thread % STATE_SLOTS]
     }
 
     /// Wipes the states and keeps none from now on, until [`StateSlots::wake`]: the version is disabled or rotated.
@@ -156,7 +181,7 @@ impl StateSlots {
 
     fn wipe(&self) {
         for slot in self.slots.get().into_iter().flat_map(|slots| &slots.0) {
-            if let Some(state) = slot.take()
+            if let Some(state) = slot.state.take()
                 && state.generation != os::generation()
             {
                 std::mem::forget(state);
@@ -169,9 +194,9 @@ impl StateSlots {
         let slots = self.slots.get().into_iter().flat_map(|slots| &slots.0);
         slots
             .filter(|slot| {
-                let state = slot.take();
+                let state = slot.state.take();
                 let some = state.is_some();
-                slot.store(state);
+                slot.state.store(state);
                 some
             })
             .count()
@@ -192,28 +217,71 @@ impl WrappingState {
         let salt = salt.try_into().expect("SALT_LEN");
         Ok(Self {
             generation: moment.generation,
-            born_ms: moment.now_ms,
+            born_ms: moment.ms,
             salt,
             key: Arc::new(root.derive(&salt)?),
             next_iv: iv.try_into().expect("IV_LEN"),
             left: STATE_WRAPS_MAX,
+            streams: None,
         })
     }
 
     /// Takes the next `count` IVs, of which the state has as many left, and returns the first.
     pub(crate) fn advance(&mut self, count: u64) -> Iv {
+        // They are no longer those of the next IVs.
+        if let Some(streams) = &mut self.streams {
+            streams.clear();
+        }
+        self.take_ivs(count)
+    }
+
+    fn take_ivs(&mut self, count: u64) -> Iv {
         let first = self.next_iv;
         self.next_iv = iv_plus(&first, count);
         self.left = self.left.checked_sub(count).expect("taken with so many left");
         first
     }
 
+    /// Seals one message, for which the state has an IV left, into `out`: ciphertext and tag. Returns the IV.
+    /// Overwrites the stack that was used.
+    ///
+    /// # Errors
+    /// `Machine` if there is no memory for key streams.
+    pub(crate) fn seal(&mut self, aad: &[u8], plaintext: &[u8], out: &mut [u8]) -> Result<Iv> {
+        let key = self.key.key();
+        if plaintext.len() > AHEAD_LEN_MAX || !key.has_streams() {
+            let iv = self.advance(1);
+            kernel::seal_and_wipe(kernel::Seal {
+                keys: Keys::One(self.key.key()),
+                ivs: &[iv],
+                aads: &[aad],
+                len: plaintext.len(),
+                plaintexts: plaintext,
+                stride: out.len(),
+                out,
+                offset: 0,
+            });
+            return Ok(iv);
+        }
+        let streams = match &mut self.streams {
+            Some(streams) => streams,
+            none => none.insert(KeyStreams::new()?),
+        };
+        if streams.is_empty() {
+            streams.fill(key, &std::array::from_fn(|i| iv_plus(&self.next_iv, i as u64)));
+        }
+        streams.seal(key, aad, plaintext, out);
+        Ok(self.take_ivs(1))
+    }
+
     pub(crate) fn salt(&self) -> &[u8; SALT_LEN] {
         &self.salt
     }
 
-    pub(crate) fn key(&self) -> KeyRef<'_> {
-        self.key.key()
+    /// Where the state begins and ends, and where the count of references to its key is.
+    fn places(&self) -> [usize; 3] {
+        let start = std::ptr::from_ref(self).addr();
+        [start, start + size_of::<Self>() - 1, Arc::as_ptr(&self.key).addr()]
     }
 }
 
@@ -222,7 +290,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::cpu::Tier;
+    use crate::{cpu::Tier, limits::TAG_LEN};
 
     fn set_up() -> (XaesKey, StateSlots) {
         (XaesKey::new(Tier::PORTABLE, &[7; 32]).unwrap(), StateSlots::default())
@@ -235,7 +303,7 @@ mod tests {
             (0..2000)
                 .flat_map(|round| {
                     let count = 1 + round % 3;
-                    let reserved = states.reserve(&root, &rng, Moment::now(&rng), count).unwrap();
+                    let reserved = states.reserve(&root, &rng, rng.moment(), count).unwrap();
                     (0..count).map(move |i| (reserved.salt, iv_plus(&reserved.first_iv, i)))
                 })
                 .collect()
@@ -247,10 +315,40 @@ mod tests {
         assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len());
     }
 
+    /// Whatever comes between: key streams made ahead are those of the IVs that are used.
+    #[test]
+    fn single_messages_and_reservations_take_one_iv_after_the_other() {
+        for &tier in Tier::available() {
+            let (root, rng) = (XaesKey::new(tier, &[7; 32]).unwrap(), Rng::Os(tier));
+            let moment = rng.moment();
+            let mut state = WrappingState::new(&root, &rng, moment).unwrap();
+            // Their last byte overflows on the way.
+            state.next_iv[11] = 0xf0;
+            let (mut expected, mut taken) = (state.next_iv, 0);
+            let lens = [32, 16, 5, 0, 32, 33, 1024, 32, 31].into_iter().cycle();
+            for (round, len) in lens.enumerate().take(100) {
+                if round % 7 == 3 {
+                    let count = 1 + round as u64 % 5;
+                    assert_eq!(state.advance(count), expected);
+                    (expected, taken) = (iv_plus(&expected, count), taken + count);
+                }
+                let plaintext = vec![0x61; len];
+                let mut out = vec![0; len + TAG_LEN];
+                assert_eq!(state.seal(b"aad", &plaintext, &mut out).unwrap(), expected);
+                let nonce = [state.salt, expected].concat().try_into().unwrap();
+                let mut opened = vec![0; len];
+                assert!(root.open(&nonce, b"aad", &out, &mut opened), "{tier}: {round}");
+                assert_eq!(opened, plaintext);
+                (expected, taken) = (iv_plus(&expected, 1), taken + 1);
+            }
+            assert_eq!(state.left, STATE_WRAPS_MAX - taken);
+        }
+    }
+
     #[test]
     fn a_state_ends_with_its_wraps_and_with_its_second() {
         let ((root, states), rng) = (set_up(), Rng::Os(Tier::PORTABLE));
-        let salt = |count| states.reserve(&root, &rng, Moment::now(&rng), count).unwrap().salt;
+        let salt = |count| states.reserve(&root, &rng, rng.moment(), count).unwrap().salt;
         let first = salt(STATE_WRAPS_MAX - 1);
         assert_eq!(salt(1), first);
         let second = salt(1);
@@ -263,7 +361,7 @@ mod tests {
     fn where_forks_cannot_be_told_no_state_is_kept() {
         let ((root, states), rng) = (set_up(), Rng::Os(Tier::PORTABLE));
         os::tests::without_mark(|| {
-            let salt = || states.reserve(&root, &rng, Moment::now(&rng), 1).unwrap().salt;
+            let salt = || states.reserve(&root, &rng, rng.moment(), 1).unwrap().salt;
             assert_ne!(salt(), salt());
             assert_eq!(states.kept(), 0);
         });
@@ -272,14 +370,14 @@ mod tests {
     #[test]
     fn resting_slots_keep_nothing() {
         let ((root, states), rng) = (set_up(), Rng::Os(Tier::PORTABLE));
-        states.reserve(&root, &rng, Moment::now(&rng), 1).unwrap();
+        states.reserve(&root, &rng, rng.moment(), 1).unwrap();
         assert_eq!(states.kept(), 1);
         states.rest();
         assert_eq!(states.kept(), 0);
-        states.reserve(&root, &rng, Moment::now(&rng), 1).unwrap();
+        states.reserve(&root, &rng, rng.moment(), 1).unwrap();
         assert_eq!(states.kept(), 0);
         states.wake();
-        states.reserve(&root, &rng, Moment::now(&rng), 1).unwrap();
+        states.reserve(&root, &rng, rng.moment(), 1).unwrap();
         assert_eq!(states.kept(), 1);
     }
 }
