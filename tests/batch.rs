@@ -371,3 +371,57 @@ fn salts_in_any_order_open_in_their_places() {
         }
     }
 }
+
+/// Whatever comes first and whatever repeats: items are told apart by the key that their names mean, by length, and by
+/// what refuses them, as if each were alone.
+#[test]
+fn an_item_of_a_batch_is_decided_as_by_itself() {
+    let (engine, names) = engine_with_keys();
+    let ids = names.iter().map(|name| engine.describe_key(name).unwrap().key_id.to_string());
+    let long = "alias/a-name-that-is-longer-than-its-two-ends-together";
+    engine.create_alias(long, &names[0]).unwrap();
+    let long_unknown = "alias/a-name-that-is-longer-than-its-two-ends,together";
+    let known: Vec<_> = names.iter().cloned().chain(ids).chain([long.to_owned()]).collect();
+    let too_long = vec![0; limits::AAD_LEN_MAX + 1];
+    let variants: Vec<_> = known
+        .iter()
+        .map(String::as_str)
+        .chain(["alias/unknown", long_unknown, ""])
+        .flat_map(|name| [32, 16, 0, 1025].map(|len| (name, len)))
+        .flat_map(|(name, len)| [&b""[..], b"some aad", &too_long].map(|aad| (name, len, aad)))
+        .map(|(name, len, aad)| GenerateDataKeyRequest::new(name, len).aad(aad))
+        .collect();
+    let alone: Vec<_> = variants
+        .iter()
+        .map(|request| {
+            let made = engine.advance_generate_data_key(request);
+            made.map(|key| key.key_version_id()).map_err(|error| error.kind())
+        })
+        .collect();
+    let mut state = 11;
+    // Each variant first, among few and among many others.
+    for first in 0..variants.len() {
+        for (count, others) in [(1, 1), (2, 2), (9, 3), (60, variants.len())] {
+            let few: Vec<_> = (0..others).map(|_| mix(&mut state) % variants.len()).collect();
+            let chosen: Vec<_> = (0..count)
+                .map(|i| if i == 0 { first } else { few[mix(&mut state) % others] })
+                .collect();
+            let requests: Vec<_> = chosen.iter().map(|index| variants[*index]).collect();
+            let batch = engine.advance_generate_data_key_batch(&requests).unwrap();
+            for (item, index) in chosen.iter().enumerate() {
+                let made = batch.get(item).map(|key| {
+                    assert_eq!(
+                        key.plaintext().unwrap().len(),
+                        32.min(requests[item].number_of_bytes as usize)
+                    );
+                    let request =
+                        DecryptRequest::new(key.ciphertext_blob()).aad(requests[item].aad);
+                    assert!(engine.advance_decrypt(&request).is_ok());
+                    key.key_version_id()
+                });
+                let made = made.map_err(|error| error.kind());
+                assert_eq!(made, alone[*index], "item {item} of {count}: {:?}", requests[item]);
+            }
+        }
+    }
+}

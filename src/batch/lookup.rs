@@ -1,20 +1,18 @@
 //! From the name and length of a request to its group, while a batch is planned.
 
 use std::{
-    collections::HashMap,
-    hash::{Hash, Hasher},
+    hash::{BuildHasher, Hash, Hasher},
     sync::Arc,
 };
 
 use foldhash::fast::RandomState;
 
-use super::{
-    name::Name,
-    plan::{Group, add_group},
-};
+use super::{name::Name, plan::Group};
 use crate::{
     error::{Error, Result},
-    keys::ring::Ring,
+    kernel,
+    keys::ring::{Key, KeyVersion, Ring},
+    limits::AAD_LEN_MAX,
     request::{GenerateDataKeyRequest, Operation, check_number_of_bytes},
     wrap::blob::Form,
 };
@@ -22,28 +20,49 @@ use crate::{
 /// Names for which a lookup has room from the start: about 80 KiB, which an allocator has at hand.
 const NAMES_EXPECTED_MAX: usize = 1700;
 
-/// Finds the group of a name and a length.
+/// Finds the groups of names and lengths, in two steps: [`Lookup::ask`] tells them apart; [`Lookup::find_all`] then
+/// looks for their keys, one straight after another, so that the core waits for many of them at once.
 pub(super) struct Lookup<'r, 'a> {
     ring: &'r Ring,
     operation: Operation,
-    /// What was asked for last, and what it led to.
-    last: Option<(Asked<'a>, Result<u32>)>,
-    /// Whether the last is in `known`: it comes there when another one follows, so that a batch of one name needs no
-    /// map.
-    last_is_known: bool,
-    known: HashMap<Asked<'a>, Result<u32>, RandomState>,
+    /// What was asked for first.
+    first: Option<Asked<'a>>,
+    /// Whatever was asked for, each once, in order. A batch of one name needs none.
+    asked: Vec<Asked<'a>>,
+    /// What was asked for last, and its number.
+    last: Option<Asked<'a>>,
+    last_number: u32,
+    /// Names are chosen by callers.
+    hasher: RandomState,
+    /// Where each of `asked` is. A batch of one name needs none.
+    places: Places,
     /// Room for so many, if any: growing costs more than looking up.
     names_expected: usize,
-    /// Groups by version and length, but for the first: two names may mean one key.
-    of_version: HashMap<(usize, usize), u32, RandomState>,
 }
 
 /// A name and a length.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 struct Asked<'a> {
     name: Name<'a>,
     number_of_bytes: u32,
 }
+
+impl<'a> Asked<'a> {
+    #[inline]
+    fn new(request: &GenerateDataKeyRequest<'a>) -> Self {
+        let GenerateDataKeyRequest { key_id, number_of_bytes, .. } = *request;
+        Self { name: Name::new(key_id), number_of_bytes }
+    }
+}
+
+impl PartialEq for Asked<'_> {
+    #[inline]
+    fn eq(&self, other: &Self) -> bool {
+        self.number_of_bytes == other.number_of_bytes && self.name == other.name
+    }
+}
+
+impl Eq for Asked<'_> {}
 
 impl Hash for Asked<'_> {
     #[inline]
@@ -65,68 +84,206 @@ impl Hash for Asked<'_> {
 
 impl<'r, 'a> Lookup<'r, 'a> {
     pub(super) fn new(ring: &'r Ring, operation: Operation, item_count: usize) -> Self {
-        let (known, of_version) = (HashMap::default(), HashMap::default());
-        let names_expected = item_count.min(NAMES_EXPECTED_MAX);
         Self {
             ring,
             operation,
+            first: None,
+            asked: Vec::new(),
             last: None,
-            last_is_known: false,
-            known,
-            names_expected,
-            of_version,
+            last_number: 0,
+            hasher: RandomState::default(),
+            places: Places::default(),
+            names_expected: item_count.min(NAMES_EXPECTED_MAX),
+        }
+    }
+
+    /// Asks for the first of `requests`, which gets number 0, and counts how many from the start on have its name and
+    /// length. An AAD that is too long ends them: parameters are checked before the key, as the KMS seems to do.
+    pub(super) fn ask_first(&mut self, requests: &[GenerateDataKeyRequest<'a>]) -> usize {
+        let usable = |request: &&GenerateDataKeyRequest<'_>| request.aad.len() <= AAD_LEN_MAX;
+        self.first = requests.first().filter(usable).map(Asked::new);
+        self.last = self.first;
+        let alike = |request| usable(&request) && Some(Asked::new(request)) == self.first;
+        requests.iter().position(|request| !alike(request)).unwrap_or(requests.len())
+    }
+
+    /// The number of a request's name and length: 0 for the first, and so on.
+    #[inline]
+    pub(super) fn ask(&mut self, request: &GenerateDataKeyRequest<'a>) -> u32 {
+        let asked = Asked::new(request);
+        if self.last != Some(asked) {
+            let hash = self.hasher.hash_one(asked);
+            let known = &self.asked[..];
+            let place = self.places.find(hash, |place| known[place as usize] == asked);
+            self.last_number = match place {
+                Some(place) => place,
+                None => self.add(asked, hash),
+            };
+            self.last = Some(asked);
+        }
+        self.last_number
+    }
+
+    /// Numbers what is not in the list.
+    #[cold]
+    #[inline(never)]
+    fn add(&mut self, asked: Asked<'a>, hash: u64) -> u32 {
+        let Self { first, asked: known, hasher, places, .. } = self;
+        if known.is_empty() {
+            let Some(first) = *first else {
+                *first = Some(asked);
+                return 0;
+            };
+            // Until now there was one name, and the list was not needed.
+            known.reserve(self.names_expected);
+            *places = Places::new(self.names_expected);
+            known.push(first);
+            places.insert(hasher.hash_one(first), 0);
+            if first == asked {
+                return 0;
+            }
+        }
+        let number = number(known.len());
+        places.make_room(known.len(), known.iter().map(|known| hasher.hash_one(known)));
+        places.insert(hash, number);
+        known.push(asked);
+        number
+    }
+
+    /// What each name and length leads to, in the order of their numbers: a group, in the order of these. Nothing for
+    /// one name that leads to a group.
+    pub(super) fn find_all(self, groups: &mut Vec<Group>) -> Vec<Result<u32>> {
+        let Self { ring, asked, hasher, .. } = self;
+        let form = self.operation.form();
+        let group = |(key, version, dek_len): (&Arc<Key>, &KeyVersion, _)| {
+            Group::new(Arc::clone(key), version.id, form, dek_len)
+        };
+        let version_of = |key: &'r Arc<Key>| &**key.version_for(form == Form::SelfDescribing);
+        if asked.is_empty() {
+            let found = self.first.map(|asked| usable(&asked, ring.resolve(asked.name.as_str())));
+            return match found {
+                None => Vec::new(),
+                Some(Ok((key, dek_len))) => {
+                    groups.push(group((key, version_of(key), dek_len)));
+                    Vec::new()
+                }
+                Some(Err(error)) => vec![Err(error)],
+            };
+        }
+        // Step by step for all of them: what a step finds is in the cache when the next one reads it.
+        let resolve =
+            |asked: &Asked<'_>| ring.resolve(asked.name.as_str()).inspect(|key| key.prefetch());
+        let keys: Vec<Option<&Arc<Key>>> = asked.iter().map(resolve).collect();
+        let mut wanted: Vec<(&Arc<Key>, &KeyVersion, usize)> = Vec::with_capacity(asked.len());
+        // Where each of `wanted` is: two names may mean one key.
+        let mut places = Places::new(asked.len());
+        let find = |(asked, key)| {
+            let (key, dek_len) = usable(asked, key)?;
+            let hash = hasher.hash_one((Arc::as_ptr(key), dek_len));
+            let is = |place: u32| {
+                let (other, _, len) = wanted[place as usize];
+                Arc::ptr_eq(other, key) && len == dek_len
+            };
+            if let Some(known) = places.find(hash, is) {
+                return Ok(known);
+            }
+            let number = number(wanted.len());
+            places.insert(hash, number);
+            let version = version_of(key);
+            kernel::prefetch(&version.id);
+            wanted.push((key, version, dek_len));
+            Ok(number)
+        };
+        let found = asked.iter().zip(keys).map(find).collect();
+        // Last: to count a reference is to wait for everything before it.
+        groups.extend(wanted.into_iter().map(group));
+        found
+    }
+}
+
+/// # Errors
+/// Why nothing can be generated for what was asked for, if `key` is the key of the name.
+fn usable<'r>(asked: &Asked<'_>, key: Option<&'r Arc<Key>>) -> Result<(&'r Arc<Key>, usize)> {
+    let dek_len = check_number_of_bytes(asked.number_of_bytes)?;
+    let key = key.ok_or_else(|| Error::key_not_found(asked.name.as_str()))?;
+    key.record.check_usable()?;
+    Ok((key, dek_len))
+}
+
+/// There are no more names and no more groups than items.
+fn number(count: usize) -> u32 {
+    u32::try_from(count).expect("no more than items")
+}
+
+/// Finds places in a list by hash: open addressing, a word for each place, so that what is looked for is in the first
+/// cache and what is found is nowhere twice.
+#[derive(Default)]
+struct Places {
+    /// One more than a place, 0 where there is none. At most half are taken; a power of two, once there are any.
+    slots: Vec<u32>,
+}
+
+impl Places {
+    fn new(expected: usize) -> Self {
+        Self { slots: vec![0; (2 * expected).next_power_of_two()] }
+    }
+
+    #[inline]
+    fn find(&self, hash: u64, is: impl Fn(u32) -> bool) -> Option<u32> {
+        let last = self.slots.len().checked_sub(1)?;
+        let mut slot = self.start(hash);
+        loop {
+            let place = self.slots[slot & last].checked_sub(1)?;
+            if is(place) {
+                return Some(place);
+            }
+            slot += 1;
+        }
+    }
+
+    /// Takes in a place that is not there, for which there must be room.
+    fn insert(&mut self, hash: u64, place: u32) {
+        let mut slot = self.start(hash);
+        while self.slots[slot] != 0 {
+            slot = (slot + 1) & (self.slots.len() - 1);
+        }
+        self.slots[slot] = place + 1;
+    }
+
+    /// Makes room for one more than the `count` places 0, 1, ..., which have these hashes.
+    fn make_room(&mut self, count: usize, hashes: impl Iterator<Item = u64>) {
+        if 2 * count < self.slots.len() {
+            return;
+        }
+        *self = Self::new(self.slots.len());
+        for (hash, place) in hashes.zip(0..) {
+            self.insert(hash, place);
         }
     }
 
     #[inline]
-    pub(super) fn group(
-        &mut self,
-        groups: &mut Vec<Group>,
-        request: &GenerateDataKeyRequest<'a>,
-    ) -> Result<u32> {
-        let GenerateDataKeyRequest { key_id, number_of_bytes, .. } = *request;
-        let asked = Asked { name: Name::new(key_id), number_of_bytes };
-        if let Some((last, found)) = &self.last
-            && *last == asked
-        {
-            return found.clone();
-        }
-        self.look_up(groups, asked)
+    fn start(&self, hash: u64) -> usize {
+        let last = self.slots.len() - 1;
+        usize::try_from(hash & last as u64).expect("below a length")
     }
+}
 
-    fn look_up(&mut self, groups: &mut Vec<Group>, asked: Asked<'a>) -> Result<u32> {
-        if let Some((last, found)) = self.last.take().filter(|_| !self.last_is_known) {
-            if self.known.capacity() == 0 {
-                self.known.reserve(self.names_expected);
-            }
-            self.known.insert(last, found);
-        }
-        let known = self.known.get(&asked).cloned();
-        self.last_is_known = known.is_some();
-        let found = known.unwrap_or_else(|| self.find(groups, asked));
-        self.last = Some((asked, found.clone()));
-        found
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    fn find(&mut self, groups: &mut Vec<Group>, asked: Asked<'a>) -> Result<u32> {
-        let dek_len = check_number_of_bytes(asked.number_of_bytes)?;
-        let name = asked.name.as_str();
-        let key = self.ring.resolve(name).ok_or_else(|| Error::key_not_found(name))?;
-        key.record.check_usable()?;
-        let version = key.version_for(self.operation.form() == Form::SelfDescribing);
-        let operation = self.operation;
-        // A batch of one group needs no map.
-        let Some(first) = groups.first() else {
-            return Ok(add_group(groups, key, operation, dek_len));
-        };
-        if Arc::ptr_eq(first.version(), version) && first.layout.dek_len == dek_len {
-            return Ok(0);
+    #[test]
+    fn places_are_found_in_spite_of_equal_hashes_and_growth() {
+        let hash = |place: u32| u64::from(place / 5) * 0x1_0000_0001;
+        let mut places = Places::new(1);
+        for place in 0..1000 {
+            assert_eq!(places.find(hash(place), |found| found == place), None);
+            places.make_room(place as usize, (0..place).map(hash));
+            places.insert(hash(place), place);
         }
-        if self.of_version.capacity() == 0 {
-            self.of_version.reserve(self.names_expected);
+        for place in 0..1000 {
+            assert_eq!(places.find(hash(place), |found| found == place), Some(place));
         }
-        let place = (Arc::as_ptr(version) as usize, dek_len);
-        let add = || add_group(groups, key, operation, dek_len);
-        Ok(*self.of_version.entry(place).or_insert_with(add))
+        assert!(places.slots.contains(&0), "a search for what is missing must end");
     }
 }

@@ -19,7 +19,10 @@ use foldhash::fast::RandomState;
 use super::{NO_SLOT, check_output, lookup::Lookup};
 use crate::{
     error::{Error, ErrorKind, Result},
-    keys::ring::{Key, KeyVersion, Ring},
+    keys::{
+        id::KeyVersionId,
+        ring::{Key, KeyVersion, Ring},
+    },
     limits::{AAD_LEN_MAX, CHUNK_BYTES_MAX, CHUNK_ITEMS_MAX, IV_LEN, SHORT_RUN},
     memory::ColumnLens,
     request::{GenerateDataKeyRequest, Operation, aad_too_long},
@@ -32,6 +35,8 @@ use crate::{
 /// Items of one key version and one length.
 pub(crate) struct Group {
     pub(crate) key: Arc<Key>,
+    /// Of the version that wraps: a copy, since to look into many versions is to wait for as much cold memory.
+    pub(crate) version_id: KeyVersionId,
     pub(crate) layout: Layout,
     count: usize,
 }
@@ -45,6 +50,13 @@ fn class_of(aad_len: usize) -> u32 {
 }
 
 impl Group {
+    /// A group without items, of the version of `key` that wraps in this form.
+    pub(super) fn new(key: Arc<Key>, version_id: KeyVersionId, form: Form, dek_len: usize) -> Self {
+        // The record's scheme is that of every version.
+        let layout = Layout { form, scheme: key.record.scheme, dek_len };
+        Self { key, version_id, layout, count: 0 }
+    }
+
     /// The version that wraps. Found in the key, since a count of references costs more than a look.
     pub(crate) fn version(&self) -> &Arc<KeyVersion> {
         self.key.version_for(self.layout.form == Form::SelfDescribing)
@@ -150,38 +162,74 @@ impl Plan {
         self.clear();
         self.item_count = requests.len();
         let mut lookup = Lookup::new(ring, operation, requests.len());
-        let (mut unknown, mut indexed, mut aads_len) = (false, false, 0);
-        for (index, request) in requests.iter().enumerate() {
+        let alike = lookup.ask_first(requests);
+        let only_name = alike == requests.len();
+        let aads_len = match only_name {
+            true => requests.iter().map(|request| request.aad.len()).sum(),
+            false => self.index(&mut lookup, requests, alike),
+        };
+        self.aad_mean = aads_len / requests.len().max(1);
+        let found = lookup.find_all(&mut self.groups);
+        if self.refused.is_empty() && found.iter().all(|found| matches!(found, Ok(0))) {
+            self.of_item.clear();
+            self.only_group(requests.len());
+            return false;
+        }
+        if only_name {
+            self.of_item.extend(requests.iter().map(|request| class_of(request.aad.len())));
+        }
+        let unknown = self.put_groups(&found);
+        self.count();
+        unknown
+    }
+
+    /// Makes the index: of each item the number of its name, and the class of its AAD. Those before `alike` have the
+    /// first name. Returns the bytes of all AADs.
+    #[inline(never)]
+    fn index<'a>(
+        &mut self,
+        lookup: &mut Lookup<'_, 'a>,
+        requests: &[GenerateDataKeyRequest<'a>],
+        alike: usize,
+    ) -> usize {
+        let mut aads_len = 0;
+        self.of_item.clear();
+        self.of_item.extend(requests.iter().enumerate().map(|(index, request)| {
             let aad_len = request.aad.len();
             aads_len += aad_len;
-            let found = if aad_len <= AAD_LEN_MAX {
-                lookup.group(&mut self.groups, request)
+            if index < alike {
+                class_of(aad_len)
+            } else if aad_len <= AAD_LEN_MAX {
+                lookup.ask(request) * AAD_CLASSES + class_of(aad_len)
             } else {
-                // Parameters are checked before the key, as the KMS seems to do.
-                Err(aad_too_long(aad_len))
-            };
-            if !indexed && !matches!(found, Ok(0)) {
-                // The first that is not of group 0: from here on there is an index.
-                indexed = true;
-                self.of_item.reserve(self.item_count);
-                let before = requests[..index].iter().map(|request| class_of(request.aad.len()));
-                self.of_item.extend(before);
+                self.refused.push(aad_too_long(aad_len).with_index(index));
+                NO_SLOT
             }
-            match found {
-                Ok(_) if !indexed => {}
-                Ok(group) => self.of_item.push(group * AAD_CLASSES + class_of(aad_len)),
+        }));
+        aads_len
+    }
+
+    /// Puts the group that was `found` for each name in its place, or refuses. Returns whether a name was unknown.
+    fn put_groups(&mut self, found: &[Result<u32>]) -> bool {
+        let mut unknown = false;
+        // As long as each name is a group of its own, they have the same numbers.
+        let is_same =
+            |(name, found): (u32, &Result<u32>)| matches!(found, Ok(group) if *group == name);
+        if (0..).zip(found).all(is_same) {
+            return false;
+        }
+        for (index, of_item) in self.of_item.iter_mut().enumerate() {
+            if *of_item == NO_SLOT {
+                continue;
+            }
+            match &found[(*of_item / AAD_CLASSES) as usize] {
+                Ok(group) => *of_item = group * AAD_CLASSES + *of_item % AAD_CLASSES,
                 Err(error) => {
                     unknown |= error.kind() == ErrorKind::KeyNotFound;
-                    self.of_item.push(NO_SLOT);
-                    self.refused.push(error.with_index(index));
+                    *of_item = NO_SLOT;
+                    self.refused.push(error.clone().with_index(index));
                 }
             }
-        }
-        self.aad_mean = aads_len / requests.len().max(1);
-        if indexed {
-            self.count();
-        } else {
-            self.only_group(requests.len());
         }
         unknown
     }
@@ -220,7 +268,9 @@ impl Plan {
         self.clear();
         self.item_count = count;
         if count > 0 {
-            add_group(&mut self.groups, key, operation, dek_len);
+            let form = operation.form();
+            let version_id = key.version_for(form == Form::SelfDescribing).id;
+            self.groups.push(Group::new(Arc::clone(key), version_id, form, dek_len));
             self.only_group(count);
             self.aad_mean = aads_len / count;
         }
@@ -421,20 +471,4 @@ fn close(chunks: &mut Vec<Chunk>, open: &mut Chunk, segment_count: usize) {
         blob_len: 0,
     };
     chunks.push(std::mem::replace(open, next));
-}
-
-pub(super) fn add_group(
-    groups: &mut Vec<Group>,
-    key: &Arc<Key>,
-    operation: Operation,
-    dek_len: usize,
-) -> u32 {
-    let form = operation.form();
-    let version = key.version_for(form == Form::SelfDescribing);
-    groups.push(Group {
-        key: Arc::clone(key),
-        layout: Layout { form, scheme: version.wrapper.scheme(), dek_len },
-        count: 0,
-    });
-    u32::try_from(groups.len() - 1).expect("no more groups than items")
 }

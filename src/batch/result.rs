@@ -49,7 +49,7 @@ impl RunRecord {
             let (dek_len, blob_len) = (group.layout.dek_len, group.layout.len());
             let run = Self {
                 first_slot: segment.slots.start,
-                version: group.version().id,
+                version: group.version_id,
                 dek_len,
                 blob_len,
                 dek_at,

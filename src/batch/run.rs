@@ -4,7 +4,7 @@
 //! error. Whoever works on chunks keeps a [`Worker`] with the memory that they need, so that a chunk allocates nothing;
 //! AADs and keys go to the kernel by the [`Block`], from arrays on the stack.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use zeroize::{Zeroize, Zeroizing, zeroize_stack};
 
@@ -16,7 +16,7 @@ use super::{
 use crate::{
     cpu::Tier,
     kernel::{self, Iv, KeyRef, Keys},
-    keys::ring::KeyVersion,
+    keys::{id::KeyVersionId, ring::KeyVersion},
     limits::{BLOCK_ITEMS, CHUNK_ITEMS_MAX, IV_LEN, SALT_LEN, SHORT_RUN},
     memory::Columns,
     rng::{self, ChunkStart},
@@ -155,6 +155,8 @@ fn run_chunk(job: &Job<'_>, worker: &mut Worker, chunk: ChunkJob<'_>) {
         short(a) && short(b) && job.layout(a) == job.layout(b)
     };
     for segments in segments.chunk_by(together) {
+        // Comes while this run is sealed.
+        segments.iter().for_each(|segment| job.prefetch_key_after(segment));
         let layout = job.layout(&segments[0]);
         let first_slot = segments[0].slots.start;
         let count = segments[segments.len() - 1].slots.end - first_slot;
@@ -162,7 +164,7 @@ fn run_chunk(job: &Job<'_>, worker: &mut Worker, chunk: ChunkJob<'_>) {
             segments,
             layout,
             first_slot,
-            place: first_slot - chunk.slots.start,
+            chunk: chunk.slots.clone(),
             ivs: split_off(&mut ivs, count * IV_LEN).as_chunks_mut::<IV_LEN>().0,
             blobs: split_off(&mut blobs, count * layout.len()),
             deks: rest.split_off(..count * layout.dek_len).expect("as in split_off"),
@@ -179,13 +181,35 @@ fn run_chunk(job: &Job<'_>, worker: &mut Worker, chunk: ChunkJob<'_>) {
 
 /// What goes to the kernel with the messages of one call.
 struct Block<'a> {
-    aads: [&'a [u8]; BLOCK_ITEMS],
+    aads: AadBlock<'a>,
     keys: [KeyRef<'a>; BLOCK_ITEMS],
 }
 
 impl<'a> Block<'a> {
     fn new(key: KeyRef<'a>) -> Self {
-        Self { aads: [&[]; BLOCK_ITEMS], keys: [key; BLOCK_ITEMS] }
+        Self { aads: AadBlock { aads: [&[]; BLOCK_ITEMS], slots: 0..0 }, keys: [key; BLOCK_ITEMS] }
+    }
+}
+
+/// The AADs of consecutive slots. As many as there is room for, also for short runs: what an index scatters over the
+/// batch is then waited for together, and was written well before the kernel reads it.
+struct AadBlock<'a> {
+    aads: [&'a [u8]; BLOCK_ITEMS],
+    slots: Range<usize>,
+}
+
+impl<'a> AadBlock<'a> {
+    /// The AADs of `slots`, [`BLOCK_ITEMS`] at most, in a chunk that ends with slot `end`.
+    fn of(&mut self, job: &Job<'a>, slots: Range<usize>, end: usize) -> &[&'a [u8]] {
+        if slots.start < self.slots.start || self.slots.end < slots.end {
+            self.slots = slots.start..end.min(slots.start + BLOCK_ITEMS);
+            let aads = &mut self.aads[..self.slots.len()];
+            job.copy_aads(slots.start, aads);
+            if job.plan.items().is_some() {
+                aads.iter().for_each(|aad| kernel::prefetch_at(aad.as_ptr().addr()));
+            }
+        }
+        &self.aads[slots.start - self.slots.start..][..slots.len()]
     }
 }
 
@@ -193,13 +217,16 @@ impl<'a> Block<'a> {
 /// each, and less than that of a further call from here on.
 const ONE_KEY_MIN: usize = 12;
 
+/// So many short segments before it is needed, a key is asked for: memory answers within that time.
+const KEYS_AHEAD: usize = 2;
+
 /// Consecutive segments of one layout, with their parts of the columns.
 struct Run<'a> {
     segments: &'a [Segment],
     layout: Layout,
     first_slot: usize,
-    /// Items of the chunk before the run.
-    place: usize,
+    /// The slots of the chunk.
+    chunk: Range<usize>,
     ivs: &'a mut [Iv],
     blobs: &'a mut [u8],
     deks: &'a [u8],
@@ -207,32 +234,38 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn seal<'a>(self, job: &Job<'a>, keys: &ChunkKeys<'a>, block: &mut Block<'a>) {
-        let Run { segments, layout, first_slot, place, ivs, blobs, deks } = self;
-        let sealing =
-            |segment: &Segment| keys.of(segment, place + segment.slots.start - first_slot);
-        let (mut rest_ivs, mut rest_blobs) = (&mut ivs[..], &mut blobs[..]);
-        let mut only_key = None;
-        for segment in segments {
-            let Sealing { key, salt, first_iv, version } = sealing(segment);
-            only_key = (segments.len() == 1).then_some(key);
-            let count = segment.slots.len();
-            let ivs = rest_ivs.split_off_mut(..count).expect("as in split_off");
-            count_up(ivs, &first_iv);
-            let blobs = split_off(&mut rest_blobs, count * layout.len());
-            layout.write_heads(blobs, version.id.as_bytes(), ivs, &salt);
+        let Run { segments, layout, first_slot, chunk, ivs, blobs, deks } = self;
+        let sealing = |segment: &Segment| keys.of(segment, segment.slots.start - chunk.start);
+        let Block { aads, keys: each_key } = block;
+        let only = match segments {
+            [segment] => Some(sealing(segment)),
+            _ => None,
+        };
+        if only.is_none() {
+            let (mut rest_ivs, mut rest_blobs) = (&mut ivs[..], &mut blobs[..]);
+            for segment in segments {
+                let count = segment.slots.len();
+                let ivs = rest_ivs.split_off_mut(..count).expect("as in split_off");
+                let blobs = split_off(&mut rest_blobs, count * layout.len());
+                sealing(segment).write_heads(layout, 0, ivs, blobs);
+            }
         }
         let mut each = segments
             .iter()
             .flat_map(|segment| std::iter::repeat_n(sealing(segment).key, segment.slots.len()));
         let blocks = ivs
-            .chunks(BLOCK_ITEMS)
+            .chunks_mut(BLOCK_ITEMS)
             .zip(blobs.chunks_mut(BLOCK_ITEMS * layout.len()))
             .zip(deks.chunks(BLOCK_ITEMS * layout.dek_len));
         for (((ivs, out), plaintexts), slot) in blocks.zip((first_slot..).step_by(BLOCK_ITEMS)) {
-            let keys = match only_key {
-                Some(key) => Keys::One(key),
+            let keys = match &only {
+                Some(sealing) => {
+                    // By the block, so that its blobs are still near when the kernel writes into them.
+                    sealing.write_heads(layout, (slot - first_slot) as u64, ivs, out);
+                    Keys::One(sealing.key)
+                }
                 None => {
-                    let keys = &mut block.keys[..ivs.len()];
+                    let keys = &mut each_key[..ivs.len()];
                     // The places first: a zip that ends with them takes no key of the next block.
                     for (place, key) in keys.iter_mut().zip(&mut each) {
                         *place = key;
@@ -240,8 +273,7 @@ impl Run<'_> {
                     Keys::Each(keys)
                 }
             };
-            let aads = &mut block.aads[..ivs.len()];
-            job.copy_aads(slot, aads);
+            let aads = aads.of(job, slot..slot + ivs.len(), chunk.end);
             kernel::seal_many(kernel::Seal {
                 keys,
                 ivs,
@@ -257,6 +289,15 @@ impl Run<'_> {
 }
 
 impl<'a> Job<'a> {
+    /// Asks for the key of a later segment, if it was there before the chunk: each lies by itself, cold.
+    fn prefetch_key_after(&self, segment: &Segment) {
+        if let Source::State { need, .. } = segment.source
+            && let Some(reserved) = self.reserved.get(need + KEYS_AHEAD)
+        {
+            reserved.prefetch();
+        }
+    }
+
     /// The AADs of the items in the slots from `first` on.
     fn copy_aads(&self, first: usize, out: &mut [&'a [u8]]) {
         match (self.aads, self.plan.items()) {
@@ -285,7 +326,15 @@ struct Sealing<'a> {
     key: KeyRef<'a>,
     salt: [u8; SALT_LEN],
     first_iv: Iv,
-    version: &'a KeyVersion,
+    version_id: &'a KeyVersionId,
+}
+
+impl Sealing<'_> {
+    /// Writes the IVs of items that begin `place` items into the segment, and the heads of their blobs.
+    fn write_heads(&self, layout: Layout, place: u64, ivs: &mut [Iv], blobs: &mut [u8]) {
+        count_up(ivs, &iv_plus(&self.first_iv, place));
+        layout.write_heads(blobs, self.version_id.as_bytes(), ivs, &self.salt);
+    }
 }
 
 /// Most long runs in a chunk, and so most keys that it derives.
@@ -328,23 +377,26 @@ impl<'a> ChunkKeys<'a> {
     /// What seals a segment that begins `place` items into its chunk. Runs of one version under one salt share the key;
     /// their IVs differ by their places.
     fn of(&self, segment: &Segment, place: usize) -> Sealing<'a> {
-        let version = self.job.plan.groups[segment.group].version();
+        let group = &self.job.plan.groups[segment.group];
         let start = &self.start;
-        let (key, salt, first_iv) = match (&version.wrapper, segment.source) {
-            (Wrapper::Direct(key), _) => {
-                (key.key(), [0; SALT_LEN], iv_plus(&start.iv, place as u64))
-            }
-            (Wrapper::Derived { .. }, Source::State { need, first }) => {
+        let (key, salt, first_iv) = match segment.source {
+            Source::State { need, first } => {
                 let reserved = &self.job.reserved[need];
                 (reserved.key.key(), reserved.salt, iv_plus(&reserved.first_iv, first))
             }
-            (Wrapper::Derived { .. }, Source::Chunk | Source::Version) => {
-                let at = place_of(&self.versions, version);
+            Source::Chunk => {
+                let at = place_of(&self.versions, group.version());
                 let key = self.derived.key(at.expect("every version with a long run was derived"));
                 (key, start.salt, iv_plus(&start.iv, place as u64))
             }
+            Source::Version => match &group.version().wrapper {
+                Wrapper::Direct(key) => {
+                    (key.key(), [0; SALT_LEN], iv_plus(&start.iv, place as u64))
+                }
+                Wrapper::Derived { .. } => unreachable!("only Direct versions wrap themselves"),
+            },
         };
-        Sealing { key, salt, first_iv, version }
+        Sealing { key, salt, first_iv, version_id: &group.version_id }
     }
 }
 
@@ -354,11 +406,38 @@ fn place_of(versions: &[Option<&Arc<KeyVersion>>], version: &Arc<KeyVersion>) ->
 
 /// Writes `first`, `first + 1`, ... modulo 2^96.
 fn count_up(ivs: &mut [Iv], first: &Iv) {
-    let mut wide = [0; 16];
-    wide[4..].copy_from_slice(first);
-    let mut next = u128::from_be_bytes(wide);
-    for iv in ivs {
-        iv.copy_from_slice(&next.to_be_bytes()[4..]);
-        next = next.wrapping_add(1);
+    let (head, last) = first.split_first_chunk::<8>().expect("IV_LEN");
+    let last = u32::from_be_bytes(last.try_into().expect("four bytes are left"));
+    // Only in one of 2^22 chunks do more than the last four bytes change.
+    let carries = u32::try_from(ivs.len()).ok().and_then(|count| last.checked_add(count)).is_none();
+    if carries {
+        for (place, iv) in (0..).zip(ivs) {
+            *iv = iv_plus(first, place);
+        }
+        return;
+    }
+    for (iv, last) in ivs.iter_mut().zip(last..) {
+        iv[..8].copy_from_slice(head);
+        iv[8..].copy_from_slice(&last.to_be_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ivs_count_up_with_and_without_a_carry() {
+        for low in [0, 7, u32::MAX - 300, u32::MAX - 8, u32::MAX - 7, u32::MAX] {
+            for head in [[0x31; 8], [0xff; 8]] {
+                let first = [&head[..], &low.to_be_bytes()].concat().try_into().unwrap();
+                for count in [0, 1, 8, 9, 300, 301] {
+                    let mut ivs = vec![[0xee; IV_LEN]; count];
+                    count_up(&mut ivs, &first);
+                    let expected: Vec<_> = (0..count as u64).map(|i| iv_plus(&first, i)).collect();
+                    assert_eq!(ivs, expected, "{low:#x} {count}");
+                }
+            }
+        }
     }
 }
