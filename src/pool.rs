@@ -25,8 +25,8 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
+use atomic_refcell::AtomicRefCell;
 use crossbeam::{
-    atomic::AtomicCell,
     channel::{self, Receiver, RecvTimeoutError, Sender},
     queue::ArrayQueue,
 };
@@ -200,10 +200,7 @@ struct Maker {
     config: KeyPoolConfig,
 }
 
-type Full = Box<Magazine<DataKey>>;
-
-// A lock in its place could be held by a thread that a forked child does not have.
-const _: () = assert!(AtomicCell::<Option<Full>>::is_lock_free());
+type Full = Magazine<DataKey>;
 
 /// A pool in one process.
 struct Running {
@@ -215,7 +212,7 @@ struct Running {
 /// What the pool and its thread share.
 struct Keys {
     /// Pointers, so that a key that another core made is not fetched before it is read.
-    stock: Stock<DataKey, ArrayQueue<Full>, AtomicCell<Option<Full>>, SLOTS>,
+    stock: Stock<DataKey, ArrayQueue<Full>, AtomicRefCell<Option<Full>>, SLOTS>,
     low_watermark: u64,
     /// Whether the thread was told to refill and has not begun to.
     woken: AtomicBool,
@@ -396,10 +393,10 @@ impl Running {
         Ok(Self { shared, wake, thread: Some(thread) })
     }
 
-    #[inline]
+    #[inline(always)]
     fn take(&self, maker: &Maker) -> Option<DataKey> {
         let keys = &*self.shared;
-        let taken = keys.stock.take(os::thread_number(), maker.cell.changes(), os::coarse_ms);
+        let taken = keys.stock.take(os::thread_number(), maker.cell.changes(), os::coarse_ms());
         if taken.ended {
             self.look(taken.key.is_none());
         }
@@ -512,9 +509,11 @@ impl Refiller {
     fn fill(&mut self) {
         self.keys.woken.store(false, Ordering::Relaxed);
         loop {
-            let capacity = self.maker.config.capacity as u64;
-            let room = capacity.saturating_sub(self.keys.depth());
+            let config = &self.maker.config;
+            let room = (config.capacity as u64).saturating_sub(self.keys.depth());
             let room = usize::try_from(room).unwrap_or(usize::MAX);
+            // More would be made for nothing, and spend the wraps of a `Direct` version.
+            let room = room.min(self.keys.stock.room().saturating_mul(config.magazine()));
             if room == 0 || self.woken.try_recv() == Err(channel::TryRecvError::Disconnected) {
                 return;
             }
@@ -543,7 +542,7 @@ impl Refiller {
         let put = |full: Vec<DataKey>| {
             // Before they can be taken: what is counted as taken was counted as made.
             keys.made.fetch_add(full.len() as u64, Ordering::Relaxed);
-            keys.stock.put(Box::new(Magazine { keys: full, changes, made_ms, uncounted: 0 }));
+            keys.stock.put(Magazine { keys: full, changes, made_ms, uncounted: 0 });
         };
         for key in batch.iter() {
             match key {

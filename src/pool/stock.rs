@@ -1,9 +1,12 @@
 //! The stock of a pool: which of its keys may be handed out, and which have to go.
 //!
 //! Keys lie in magazines, which were filled in one batch. A queue holds full ones; each thread takes keys out of the
-//! magazine in its slot, which it takes out and puts back by one swap each, and gets the next one from the queue when
-//! that is empty. So a key costs no access to what other cores have written, except every so many: handing over single
-//! keys between cores takes about as long as making them.
+//! magazine in its slot, and gets the next one from the queue when that is empty. So a key costs no access to what
+//! other cores have written, except every so many: handing over single keys between cores takes about as long as making
+//! them.
+//!
+//! Nobody waits for a slot. A thread that finds its own in use goes on to the next; whoever looks through the slots
+//! passes over one in use, as if its magazine were in the hands of the thread that uses it.
 //!
 //! The rules are apart from threads and clocks, so that they can be checked in many orders of events (`tests` below, by
 //! `loom`): a key is handed out if nothing has changed in its KEK's versions and state since *before* it was made, and
@@ -15,9 +18,10 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use crossbeam::{atomic::AtomicCell, queue::ArrayQueue, utils::CachePadded};
+use atomic_refcell::AtomicRefCell;
+use crossbeam::{queue::ArrayQueue, utils::CachePadded};
 
-use crate::keys::handle::Changes;
+use crate::{kernel, keys::handle::Changes};
 
 /// Keys of one batch. Never empty where others can find it.
 pub(super) struct Magazine<T> {
@@ -35,6 +39,7 @@ pub(super) trait Shelf<M> {
     fn put(&self, magazine: M) -> Result<(), M>;
     fn take(&self) -> Option<M>;
     fn len(&self) -> usize;
+    fn room(&self) -> usize;
 }
 
 impl<M> Shelf<M> for ArrayQueue<M> {
@@ -49,16 +54,22 @@ impl<M> Shelf<M> for ArrayQueue<M> {
     fn len(&self) -> usize {
         Self::len(self)
     }
+
+    fn room(&self) -> usize {
+        self.capacity() - Self::len(self)
+    }
 }
 
 /// Where the magazine is of which a thread takes its keys.
 pub(super) trait Place<M> {
-    fn swap(&self, magazine: Option<M>) -> Option<M>;
+    /// Works on what is there, alone. `None` if somebody else does so now.
+    fn try_with<R>(&self, work: impl FnOnce(&mut Option<M>) -> R) -> Option<R>;
 }
 
-impl<M> Place<M> for AtomicCell<Option<M>> {
-    fn swap(&self, magazine: Option<M>) -> Option<M> {
-        Self::swap(self, magazine)
+impl<M> Place<M> for AtomicRefCell<Option<M>> {
+    #[inline]
+    fn try_with<R>(&self, work: impl FnOnce(&mut Option<M>) -> R) -> Option<R> {
+        self.try_borrow_mut().ok().map(|mut magazine| work(&mut magazine))
     }
 }
 
@@ -73,9 +84,7 @@ pub(super) struct Stock<T, Q, P, const SLOTS: usize> {
     keys: PhantomData<fn() -> T>,
 }
 
-type Boxed<T> = Box<Magazine<T>>;
-
-impl<T, Q: Shelf<Boxed<T>>, P: Place<Boxed<T>> + Default, const SLOTS: usize>
+impl<T, Q: Shelf<Magazine<T>>, P: Place<Magazine<T>> + Default, const SLOTS: usize>
     Stock<T, Q, P, SLOTS>
 {
     /// `shelf` has room for all magazines that there may be.
@@ -92,49 +101,97 @@ impl<T, Q: Shelf<Boxed<T>>, P: Place<Boxed<T>> + Default, const SLOTS: usize>
     }
 
     /// Takes a key that may be handed out, by way of slot `slot`. `None` if there is none. What may not be handed out
-    /// is dropped on the way, and so wiped.
+    /// is dropped on the way, and so wiped. `now_ms` is read before: a slot's atomic exchange lets nothing that comes
+    /// after it begin earlier.
     #[inline]
-    pub(super) fn take(
+    pub(super) fn take(&self, slot: usize, changes: &impl Changes, now_ms: u64) -> Taken<T> {
+        let slot = slot % SLOTS;
+        let own = &self.slots[slot];
+        let taken = own.try_with(|magazine| self.take_of(magazine, changes, now_ms));
+        taken.unwrap_or_else(|| self.take_beside(slot, changes, now_ms))
+    }
+
+    /// As [`Stock::take`], where the slot is in use.
+    #[cold]
+    #[inline(never)]
+    fn take_beside(&self, slot: usize, changes: &impl Changes, now_ms: u64) -> Taken<T> {
+        let others = (1..SLOTS).map(|more| &self.slots[(slot + more) % SLOTS]);
+        let take =
+            |slot: &CachePadded<P>| slot.try_with(|found| self.take_of(found, changes, now_ms));
+        others.map(take).find_map(|taken| taken).unwrap_or_else(|| {
+            // Every slot is in use.
+            let mut magazine = None;
+            let taken = self.take_of(&mut magazine, changes, now_ms);
+            if let Some(mut rest) = magazine {
+                self.count(&mut rest);
+                self.put(rest);
+            }
+            taken
+        })
+    }
+
+    /// Takes a key out of `magazine`, or out of the next one, which then takes its place.
+    #[inline]
+    fn take_of(
         &self,
-        slot: usize,
+        magazine: &mut Option<Magazine<T>>,
         changes: &impl Changes,
-        now_ms: impl Fn() -> u64,
+        now_ms: u64,
     ) -> Taken<T> {
-        let slot = &self.slots[slot % SLOTS];
-        let mut ended = false;
+        if let Some(found) = magazine
+            && found.keys.len() > 1
+            && self.is_good(found, changes, now_ms)
+        {
+            found.uncounted += 1;
+            return Taken { key: found.keys.pop(), ended: false };
+        }
+        self.take_last_or_next(magazine, changes, now_ms)
+    }
+
+    /// As [`Stock::take_of`], where a magazine comes to its end or is not there.
+    #[cold]
+    #[inline(never)]
+    fn take_last_or_next(
+        &self,
+        magazine: &mut Option<Magazine<T>>,
+        changes: &impl Changes,
+        now_ms: u64,
+    ) -> Taken<T> {
         loop {
-            let found = slot.swap(None);
-            ended |= found.is_none();
-            let Some(mut magazine) = found.or_else(|| self.next()) else {
-                return Taken { key: None, ended };
+            let Some(found) = magazine.as_mut() else {
+                *magazine = self.next();
+                match magazine {
+                    Some(_) => continue,
+                    None => return Taken { key: None, ended: true },
+                }
             };
-            if !self.may_go_out(&mut magazine, changes, now_ms()) {
+            if !self.may_go_out(found, changes, now_ms) {
+                *magazine = None;
                 continue;
             }
-            let key = magazine.keys.pop();
-            magazine.uncounted += 1;
-            if magazine.keys.is_empty() {
-                self.count(&mut magazine);
-                ended = true;
-            } else {
-                self.put_back(slot, magazine);
+            let key = found.keys.pop();
+            found.uncounted += 1;
+            if found.keys.is_empty() {
+                self.count(found);
+                *magazine = None;
             }
-            return Taken { key, ended };
+            return Taken { key, ended: true };
         }
     }
 
     /// A magazine from the queue, or else from another slot.
     #[cold]
-    fn next(&self) -> Option<Boxed<T>> {
-        self.shelf.take().or_else(|| self.slots.iter().find_map(|slot| slot.swap(None)))
-    }
-
-    fn put_back(&self, slot: &P, magazine: Boxed<T>) {
-        if let Some(mut other) = slot.swap(Some(magazine)) {
-            // Another thread of this slot was faster.
-            self.count(&mut other);
-            self.put(other);
+    fn next(&self) -> Option<Magazine<T>> {
+        let from = |slot: &CachePadded<P>| slot.try_with(Option::take).flatten();
+        let next = self.shelf.take().or_else(|| self.slots.iter().find_map(from));
+        if let Some(magazine) = &next {
+            // Another core wrote the keys: all lines are waited for together, not each by the first key in it.
+            let places = magazine.keys.as_ptr_range();
+            for line in (places.start.addr()..places.end.addr()).step_by(64) {
+                kernel::prefetch_at(line);
+            }
         }
+        next
     }
 
     /// Counts the keys that were handed out of a magazine.
@@ -145,29 +202,31 @@ impl<T, Q: Shelf<Boxed<T>>, P: Place<Boxed<T>> + Default, const SLOTS: usize>
     /// Counts the keys that were handed out of the magazines in the slots, so that the numbers are those of the moment.
     pub(super) fn settle(&self) {
         for slot in &self.slots {
-            if let Some(mut magazine) = slot.swap(None) {
-                self.count(&mut magazine);
-                self.put_back(slot, magazine);
-            }
+            slot.try_with(|magazine| magazine.as_mut().map(|magazine| self.count(magazine)));
         }
     }
 
-    /// Puts a magazine on the shelf.
-    pub(super) fn put(&self, magazine: Boxed<T>) {
-        if let Err(magazine) = self.shelf.put(magazine) {
-            // There is room for all that there may be; if not, keys are lost and not leaked.
+    /// Puts a magazine on the shelf. Returns whether there was room; if not, its keys are dropped, and so wiped.
+    pub(super) fn put(&self, magazine: Magazine<T>) -> bool {
+        let put = self.shelf.put(magazine);
+        if let Err(magazine) = &put {
             self.drained.fetch_add(magazine.keys.len() as u64, Ordering::Relaxed);
         }
+        put.is_ok()
+    }
+
+    /// Magazines for which there is room now. Some may hold few keys, so that there is less room for more of them than
+    /// the keys that wait tell.
+    pub(super) fn room(&self) -> usize {
+        self.shelf.room()
     }
 
     /// Drops, and so wipes, what may not be handed out any more.
     pub(super) fn sweep(&self, changes: &impl Changes, now_ms: u64) {
         for slot in &self.slots {
-            if let Some(mut magazine) = slot.swap(None)
-                && self.may_go_out(&mut magazine, changes, now_ms)
-            {
-                self.put_back(slot, magazine);
-            }
+            slot.try_with(|magazine| {
+                magazine.take_if(|magazine| !self.may_go_out(magazine, changes, now_ms))
+            });
         }
         for _ in 0..self.shelf.len() {
             let Some(mut magazine) = self.shelf.take() else { return };
@@ -177,17 +236,23 @@ impl<T, Q: Shelf<Boxed<T>>, P: Place<Boxed<T>> + Default, const SLOTS: usize>
         }
     }
 
-    /// Whether a magazine's keys may be handed out; counts them if not.
+    /// Whether a magazine's keys may be handed out.
     #[inline]
+    fn is_good(&self, magazine: &Magazine<T>, changes: &impl Changes, now_ms: u64) -> bool {
+        magazine.changes == changes.now()
+            && now_ms.saturating_sub(magazine.made_ms) < self.max_age_ms
+    }
+
+    /// Whether a magazine's keys may be handed out; counts them if not.
     fn may_go_out(&self, magazine: &mut Magazine<T>, changes: &impl Changes, now_ms: u64) -> bool {
-        let is_current = magazine.changes == changes.now();
-        if is_current && now_ms.saturating_sub(magazine.made_ms) < self.max_age_ms {
-            return true;
+        let is_good = self.is_good(magazine, changes, now_ms);
+        if !is_good {
+            self.count(magazine);
+            let is_current = magazine.changes == changes.now();
+            let count = if is_current { &self.expired } else { &self.drained };
+            count.fetch_add(magazine.keys.len() as u64, Ordering::Relaxed);
         }
-        self.count(magazine);
-        let count = if is_current { &self.expired } else { &self.drained };
-        count.fetch_add(magazine.keys.len() as u64, Ordering::Relaxed);
-        false
+        is_good
     }
 
     /// Keys that were handed out and counted.
@@ -232,13 +297,24 @@ mod tests {
         builder.check(events);
     }
 
+    /// More than most tests fill.
+    const LINE_ROOM: usize = 4;
+
     /// The queue, as far as its users know.
     struct Line<M>(Mutex<VecDeque<M>>);
 
     impl<M> Shelf<M> for Line<M> {
         fn put(&self, magazine: M) -> Result<(), M> {
-            self.0.lock().unwrap().push_back(magazine);
+            let mut line = self.0.lock().unwrap();
+            if line.len() == LINE_ROOM {
+                return Err(magazine);
+            }
+            line.push_back(magazine);
             Ok(())
+        }
+
+        fn room(&self) -> usize {
+            LINE_ROOM - self.len()
         }
 
         fn take(&self) -> Option<M> {
@@ -260,8 +336,8 @@ mod tests {
     }
 
     impl<M> Place<M> for Spot<M> {
-        fn swap(&self, magazine: Option<M>) -> Option<M> {
-            std::mem::replace(&mut self.0.lock().unwrap(), magazine)
+        fn try_with<R>(&self, work: impl FnOnce(&mut Option<M>) -> R) -> Option<R> {
+            self.0.try_lock().ok().map(|mut magazine| work(&mut magazine))
         }
     }
 
@@ -295,25 +371,25 @@ mod tests {
         }
 
         /// Makes keys, each of which is the version that wrapped it.
-        fn make(&self, count: usize) -> Boxed<u64> {
+        fn make(&self, count: usize) -> Magazine<u64> {
             let read = || self.version.load(atomic::Ordering::Acquire);
             let (changes, key) = self.changes.then_read(read);
-            Box::new(Magazine { keys: vec![key; count], changes, made_ms: 0, uncounted: 0 })
+            Magazine { keys: vec![key; count], changes, made_ms: 0, uncounted: 0 }
         }
     }
 
-    type Modelled<const SLOTS: usize> = Stock<u64, Line<Boxed<u64>>, Spot<Boxed<u64>>, SLOTS>;
+    type Modelled<const SLOTS: usize> = Stock<u64, Line<Magazine<u64>>, Spot<Magazine<u64>>, SLOTS>;
 
     fn stock<const SLOTS: usize>() -> Arc<Modelled<SLOTS>> {
         Arc::new(Stock::new(Line(Mutex::new(VecDeque::new())), 10))
     }
 
     fn take<const SLOTS: usize>(stock: &Modelled<SLOTS>, slot: usize, kek: &Kek) -> Option<u64> {
-        stock.take(slot, &kek.changes, || 0).key
+        stock.take(slot, &kek.changes, 0).key
     }
 
-    fn magazine(keys: &[u64], changes: u64, made_ms: u64) -> Boxed<u64> {
-        Box::new(Magazine { keys: keys.to_vec(), changes, made_ms, uncounted: 0 })
+    fn magazine(keys: &[u64], changes: u64, made_ms: u64) -> Magazine<u64> {
+        Magazine { keys: keys.to_vec(), changes, made_ms, uncounted: 0 }
     }
 
     /// In every order of a refill, a rotation, and takes that begin after the rotation has returned.
@@ -374,7 +450,7 @@ mod tests {
             for (key, made_ms) in [(1, 0), (2, 5), (3, 6)] {
                 stock.put(magazine(&[key, key], 0, made_ms));
             }
-            assert_eq!(stock.take(0, &kek.changes, || 15).key, Some(3), "others are ten old");
+            assert_eq!(stock.take(0, &kek.changes, 15).key, Some(3), "others are ten old");
             assert_eq!((stock.expired(), stock.drained(), stock.taken()), (4, 0, 0));
             stock.settle();
             assert_eq!(stock.taken(), 1);
@@ -392,6 +468,28 @@ mod tests {
             stock.put(magazine(&[4, 5, 6], 0, 0));
             assert_eq!(take(&stock, 0, &kek), Some(6));
             assert_eq!([1, 0, 1].map(|slot| take(&stock, slot, &kek)), [Some(5), Some(4), None]);
+        });
+    }
+
+    /// A thread that finds every slot in use puts back what it does not take, and whoever has no room is told.
+    #[test]
+    fn keys_are_neither_lost_nor_handed_out_twice_where_slots_are_in_use() {
+        model(|| {
+            let (stock, kek) = (stock::<1>(), Kek::new());
+            for key in 0..LINE_ROOM as u64 {
+                assert!(stock.put(magazine(&[2 * key, 2 * key + 1], 0, 0)));
+            }
+            assert_eq!(stock.room(), 0);
+            let mut taken = stock.slots[0]
+                .try_with(|_| (0..3).map(|_| take(&stock, 0, &kek).unwrap()).collect::<Vec<_>>());
+            let taken = taken.as_mut().unwrap();
+            assert_eq!((stock.room(), stock.taken()), (0, 3), "three are thinner, none is empty");
+            assert!(!stock.put(magazine(&[98, 99], 0, 0)));
+            assert_eq!(stock.drained(), 2);
+            taken.extend(std::iter::from_fn(|| take(&stock, 0, &kek)));
+            taken.sort_unstable();
+            assert_eq!(*taken, (0..2 * LINE_ROOM as u64).collect::<Vec<_>>());
+            assert_eq!(stock.room(), LINE_ROOM);
         });
     }
 }
