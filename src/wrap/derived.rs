@@ -173,7 +173,9 @@ impl Default for DerivedKeys {
 /// Keys whose blocks are encrypted together.
 const TOGETHER: usize = 64;
 
-/// Puts the key of each derivation into `pairs`.
+/// Puts the key of each derivation into `pairs`. By itself, so that blocks masked with K1 pass through a frame below
+/// its caller's, which is overwritten, and not through one that is taken to hold no secret.
+#[inline(never)]
 fn derive_pairs<'a>(
     derivations: impl ExactSizeIterator<Item = Derivation<'a>> + Clone,
     pairs: &mut Vec<BlockPair>,
