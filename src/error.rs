@@ -19,6 +19,8 @@ pub enum ErrorKind {
     InvalidParameter,
     /// No key has this id, alias or version id.
     KeyNotFound,
+    /// The caller may not use this key.
+    NoPermission,
     /// No such alias.
     AliasNotFound,
     /// The alias names a key already.
@@ -33,6 +35,8 @@ pub enum ErrorKind {
     LimitExceeded,
     /// The operation does not exist for this kind of key.
     UnsupportedOperation,
+    /// No client of the server has this id.
+    ClientNotFound,
     /// Imported material is not a new key of 16, 24 or 32 bytes.
     InvalidKeyMaterial,
     /// Decryption failed. Deliberately without a cause: a wrong AAD, IV or blob cannot be told apart.
@@ -69,6 +73,7 @@ impl ErrorKind {
         match self {
             Self::InvalidParameter => "InvalidParameter",
             Self::KeyNotFound => "Forbidden.KeyNotFound",
+            Self::NoPermission => "Forbidden.NoPermission",
             Self::AliasNotFound => "Forbidden.AliasNotFound",
             Self::AliasAlreadyExists => "AliasAlreadyExists",
             Self::Disabled => "Rejected.Disabled",
@@ -76,6 +81,7 @@ impl ErrorKind {
             Self::StateModifiedFailed => "Rejected.StateModifiedFailed",
             Self::LimitExceeded => "Rejected.LimitExceeded",
             Self::UnsupportedOperation => "UnsupportedOperation",
+            Self::ClientNotFound => "Unauthorized",
             Self::InvalidKeyMaterial => "InvalidKeyMaterial",
             Self::DecryptFailed | Self::WrongRootKey | Self::StoreCorrupt => "InternalFailure",
             Self::StoreMissing | Self::StoreUnavailable | Self::Machine => {
@@ -92,7 +98,8 @@ impl ErrorKind {
             | Self::LimitExceeded
             | Self::UnsupportedOperation
             | Self::InvalidKeyMaterial => 400,
-            Self::KeyNotFound | Self::AliasNotFound => 404,
+            Self::NoPermission => 403,
+            Self::KeyNotFound | Self::AliasNotFound | Self::ClientNotFound => 404,
             Self::Disabled | Self::PendingDeletion | Self::StateModifiedFailed => 409,
             Self::DecryptFailed | Self::WrongRootKey | Self::StoreCorrupt => 500,
             Self::StoreMissing | Self::StoreUnavailable | Self::Machine => 503,
@@ -104,9 +111,11 @@ impl ErrorKind {
         match self {
             Self::InvalidParameter
             | Self::KeyNotFound
+            | Self::NoPermission
             | Self::AliasNotFound
             | Self::AliasAlreadyExists
             | Self::UnsupportedOperation
+            | Self::ClientNotFound
             | Self::InvalidKeyMaterial
             | Self::DecryptFailed => Fault::Caller,
             Self::Disabled
@@ -121,11 +130,13 @@ impl ErrorKind {
         }
     }
 
-    /// The KMS's sentence, with which a message begins where the KMS has one for the code.
+    /// The KMS's sentence, with which a message begins where the KMS has one for the code. Empty if that names a value:
+    /// then it is the detail.
     fn sentence(self) -> &'static str {
         match self {
             Self::InvalidParameter => "The specified parameter is not valid.",
             Self::KeyNotFound => "The key Key ID or Alias does not exist in the system.",
+            Self::NoPermission => "",
             Self::AliasNotFound => "The specified Alias is not found.",
             Self::AliasAlreadyExists => "AliasName Already Exists.",
             Self::Disabled => "The request was rejected because the key state is Disabled.",
@@ -135,6 +146,7 @@ impl ErrorKind {
             Self::StateModifiedFailed => "Keystate modified failed.",
             Self::LimitExceeded => "The request was rejected because a limit was exceeded.",
             Self::UnsupportedOperation => "Unsupported operation.",
+            Self::ClientNotFound => "The AccessKey ID does not exist in our records.",
             Self::InvalidKeyMaterial => "The specified key material is not valid.",
             Self::DecryptFailed => "Internal Failure.",
             Self::WrongRootKey => "The root key does not open this store.",
@@ -159,7 +171,7 @@ struct Inner {
     index: Option<usize>,
 }
 
-/// The second sentence of a message. Shared, since one refusal may be that of a million items.
+/// The second sentence of a message, or all of it. Shared, since one refusal may be that of a million items.
 #[derive(Clone)]
 enum Detail {
     Fixed(&'static str),
@@ -206,6 +218,14 @@ impl Error {
         Self::new(ErrorKind::KeyNotFound, format!("No key is named {:?}.", Shortened(name)))
     }
 
+    /// The refusal of a caller who may not use the key that the request names, or that it led to.
+    #[cold]
+    pub(crate) fn no_permission(name: &str) -> Self {
+        let name = Shortened(name);
+        let detail = format!("This operation for {name:?} is forbidden by permission system.");
+        Self::new(ErrorKind::NoPermission, detail)
+    }
+
     /// The same error, of the request `id`.
     #[must_use]
     pub(crate) fn with_request_id(mut self, id: RequestId) -> Self {
@@ -244,7 +264,10 @@ impl Error {
     pub fn message(&self) -> String {
         let Inner { kind, detail, .. } = &*self.0;
         let (sentence, detail) = (kind.sentence(), detail.as_str());
-        if detail.is_empty() { sentence.to_owned() } else { format!("{sentence} {detail}") }
+        match (sentence, detail) {
+            (only, "") | ("", only) => only.to_owned(),
+            _ => format!("{sentence} {detail}"),
+        }
     }
 
     /// The id of the refused request. `None` for errors outside a request, as on opening a store.
@@ -315,8 +338,18 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_by_permission_is_the_sentence_of_the_kms_alone() {
+        let error = Error::no_permission("alias/a");
+        let sentence = "This operation for \"alias/a\" is forbidden by permission system.";
+        assert_eq!(error.message(), sentence);
+        assert_eq!(error.to_string(), format!("Forbidden.NoPermission: {sentence}"));
+        assert_eq!((error.http_status(), error.fault()), (403, Fault::Caller));
+    }
+
+    #[test]
     fn a_long_value_is_cut_on_a_character() {
         let long = "é".repeat(500);
         assert!(Error::key_not_found(&long).message().len() < 400);
+        assert!(Error::no_permission(&long).message().len() < 400);
     }
 }

@@ -25,7 +25,8 @@
 //! # The pieces
 //! - [`Engine`]: the operations. `generate_data_key` and `decrypt` know the initial version of a key, raw blobs and a
 //!   separate IV; their `advance_` twins follow rotation and use blobs that describe themselves. Each is a single call
-//!   and a batch.
+//!   and a batch. `encrypt` and `advance_encrypt` do the same with a text of the caller's of up to 3 MiB
+//!   ([`EncryptRequest`], [`Encrypted`]).
 //! - [`DataKeyBatch`], [`DecryptedBatch`]: results in request order. A bad item has its own [`Error`], and the others
 //!   succeed.
 //! - [`KeyHandle`]: a KEK found once ([`Engine::key`]). [`Engine::generate_data_keys`] makes many data keys of one KEK
@@ -33,6 +34,7 @@
 //!   [`Engine::stream_data_keys`] more than fit in memory, [`Engine::generate_data_key_into`] one in the caller's
 //!   buffers.
 //! - [`KeyPool`]: data keys made ahead of need, handed out at once.
+//! - [`Client`]: who may use the engine through a server, known by a public key ([`Engine::create_client`]).
 //! - [`Scheme`]: how a KEK wraps. `Derived` (XAES-256-GCM) has no practical bound; `Direct` is plain AES-GCM, whose
 //!   bound of 2^32 wraps a version is counted durably and enforced.
 //! - [`RootKey`]: opens the store, one SQLite file in which every KEK is sealed and every other row authenticated.
@@ -61,6 +63,7 @@
 //! environment variable `KEYMILL_TIER` and [`EngineBuilder::tier`] lower it. A Unix system is needed.
 
 mod batch;
+mod clients;
 mod cpu;
 mod engine;
 mod error;
@@ -84,9 +87,11 @@ pub use batch::{
     data_key::DataKey,
     result::{DataKeyBatch, DataKeyRef, Decrypted, DecryptedBatch, DecryptedRef},
 };
+pub use clients::{Client, ClientId, KeyPattern, Permission, Permissions};
 pub use cpu::{TIER_VARIABLE, Tier};
 pub use engine::{
-    DataKeyBuffers, DataKeyStream, DueReport, DueWork, Engine, EngineBuilder, WrittenDataKey,
+    DataKeyBuffers, DataKeyStream, DueReport, DueWork, Encrypted, Engine, EngineBuilder,
+    WrittenDataKey,
 };
 pub use error::{Error, ErrorKind, Fault, Result};
 pub use keys::{
@@ -95,8 +100,9 @@ pub use keys::{
 };
 pub use pool::{KeyPool, KeyPoolConfig, KeyPoolMetrics};
 pub use request::{
-    CreateKey, DecryptRequest, GenerateDataKeyRequest, ImportKey, Operation,
+    CreateKey, DecryptRequest, EncryptRequest, GenerateDataKeyRequest, ImportKey, Operation,
     aads::{AadSource, NoAad, SameAad},
+    clients::{CreateClient, UpdateClient},
 };
 pub use request_id::RequestId;
 pub use secret::SecretBytes;

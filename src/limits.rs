@@ -8,6 +8,17 @@ use std::time::Duration;
 pub const NUMBER_OF_BYTES_MIN: usize = 1;
 /// Most bytes of a data key (the KMS's `NumberOfBytes`).
 pub const NUMBER_OF_BYTES_MAX: usize = 1024;
+/// Fewest bytes of a text to encrypt.
+pub const PLAINTEXT_LEN_MIN: usize = 1;
+/// Most bytes of a text to encrypt: what a request of the KMS can carry.
+pub const PLAINTEXT_LEN_MAX: usize = 3 << 20;
+/// Longest text that shares a salt with others. From here on a salt of its own costs little beside the text, and the
+/// blocks under one salt stay as few as data keys make them.
+pub const SHARED_SALT_LEN_MAX: usize = NUMBER_OF_BYTES_MAX;
+/// Fewest random bytes of one call.
+pub const GENERATE_RANDOM_LEN_MIN: usize = 1;
+/// Most random bytes of one call (the KMS's `GenerateRandom`).
+pub const GENERATE_RANDOM_LEN_MAX: usize = 64;
 /// Most bytes of additional authenticated data (the KMS's `Aad`).
 pub const AAD_LEN_MAX: usize = 8192;
 
@@ -31,7 +42,7 @@ pub const DESCRIPTION_LEN_MAX: usize = 8192;
 pub const BLOB_MAGIC_LEN: usize = 3;
 /// Bytes before the wrapped part of a self-describing blob: magic, key version id, IV.
 pub const BLOB_HEAD_LEN: usize = BLOB_MAGIC_LEN + KEY_VERSION_ID_LEN + IV_LEN;
-/// Most bytes of a blob: self-describing, `Derived`, the longest data key.
+/// Most bytes of a data key's blob: self-describing, `Derived`, the longest data key.
 pub const BLOB_LEN_MAX: usize = BLOB_HEAD_LEN + SALT_LEN + NUMBER_OF_BYTES_MAX + TAG_LEN;
 
 /// Most items of one batch call.
@@ -112,6 +123,47 @@ pub const ROTATION_PERIOD_MIN: Duration = Duration::from_secs(7 * 86_400);
 /// Longest rotation period.
 pub const ROTATION_PERIOD_MAX: Duration = Duration::from_secs(365 * 86_400);
 
+/// Most bytes of the body of a single KMS operation: the KMS's 3 MB.
+pub const SERVER_BODY_LEN_MAX: usize = 3 << 20;
+/// Most items of a batch on the wire.
+pub const SERVER_BATCH_ITEMS_MAX: usize = 65_536;
+/// Most bytes of the body of a batch unless the server's configuration says otherwise.
+pub const SERVER_BATCH_BODY_LEN_DEFAULT: usize = 64 << 20;
+/// Bytes of bodies and of responses not yet sent that a server holds, roughly. More is answered 429.
+pub const SERVER_BYTES_HELD_MAX: u64 = 1 << 30;
+/// Data keys that a server works on at once unless its configuration says otherwise.
+pub const SERVER_KEYS_IN_PROGRESS_DEFAULT: u64 = 1 << 18;
+/// Connections that a server holds at once unless its configuration says otherwise.
+pub const SERVER_CONNECTIONS_DEFAULT: usize = 4096;
+/// A body up to this size is worked on by a thread that serves connections, a longer one elsewhere.
+pub const SERVER_LIGHT_BODY_LEN_MAX: usize = 16 << 10;
+/// Time in which a new connection has to come to its first authenticated request.
+pub const SERVER_FIRST_REQUEST_TIME: Duration = Duration::from_secs(20);
+/// Time that every body has to arrive, and every response to leave, ...
+pub const SERVER_TRANSFER_TIME: Duration = Duration::from_secs(30);
+/// ... and a further second for so many bytes.
+pub const SERVER_TRANSFER_BYTES_PER_SECOND: usize = 128 << 10;
+/// Most difference between the date of a request and the server's clock (the KMS's 15 minutes).
+pub const CLOCK_SKEW_MAX: Duration = Duration::from_secs(15 * 60);
+/// Most bytes of a signature: that of RSA-8192.
+pub const SIGNATURE_LEN_MAX: usize = 1024;
+/// Records of the audit log that are reserved, queued or not yet on disk.
+pub const AUDIT_QUEUE_MAX: usize = 65_536;
+/// Refusals before authentication that are recorded each second.
+pub const AUDIT_REFUSALS_PER_SECOND: u32 = 100;
+/// How often the audit log is brought to the disk.
+pub const AUDIT_SYNC_INTERVAL: Duration = Duration::from_millis(500);
+/// Characters of a client id: `KAAP.` and a UUID.
+pub const CLIENT_ID_LEN: usize = 41;
+/// Most characters of a client's name.
+pub const CLIENT_NAME_CHARS_MAX: usize = 64;
+/// Most bytes of a client's public key; an RSA key of 2048 bits has 294.
+pub const CLIENT_PUBLIC_KEY_LEN_MAX: usize = 1024;
+/// Most key patterns of a client. Every request of a client is held against them.
+pub const CLIENT_KEY_PATTERNS_MAX: usize = 64;
+/// Most characters of a key pattern.
+pub const KEY_PATTERN_LEN_MAX: usize = 255;
+
 /// Bytes of a root key.
 pub const ROOT_KEY_LEN: usize = 32;
 /// How often an engine asks its store whether another process changed it.
@@ -121,11 +173,18 @@ pub const RUN_DUE_INTERVAL: Duration = Duration::from_secs(60);
 
 const _: () = assert!(KEY_VERSION_ID_LEN == KEY_ID_LEN + 1 + 10);
 const _: () = assert!(BLOB_HEAD_LEN == 51);
+// A pattern can spell any name of a key.
+const _: () = assert!(KEY_PATTERN_LEN_MAX >= ALIAS_LEN_MAX && ALIAS_LEN_MAX > KEY_ID_LEN);
 const _: () = assert!(WRAPS_BEFORE_ROTATION < WRAPS_PER_VERSION_MAX);
 // A lease counter keeps 40 bits of remaining wraps (keys/budget.rs).
 const _: () = assert!(BATCH_ITEMS_MAX as u64 + LEASE_MAX < 1 << 40);
 // Slots of a batch are 32-bit, with the highest value kept for "refused".
 const _: () = assert!(BATCH_ITEMS_MAX < u32::MAX as usize);
+// Everything that an operation wraps can be unwrapped, and its length fits 32 bits (batch/resolve.rs).
+const _: () = assert!(NUMBER_OF_BYTES_MAX <= PLAINTEXT_LEN_MAX && PLAINTEXT_LEN_MAX <= 1 << 31);
+const _: () = assert!(PLAINTEXT_LEN_MAX < BATCH_OUTPUT_MAX);
+// An item's index shares a word of 32 bits with a flag (batch/resolve.rs).
+const _: () = assert!(BATCH_ITEMS_MAX < 1 << 31);
 // One item always fits a batch, and one chunk's IVs never wrap around to their start.
 const _: () = assert!(NUMBER_OF_BYTES_MAX + IV_LEN + BLOB_LEN_MAX < BATCH_OUTPUT_MAX);
 const _: () = assert!(SHORT_RUN <= CHUNK_ITEMS_MAX && OS_SEED_ITEMS_MIN <= FAN_OUT_ITEMS_MIN);

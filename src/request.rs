@@ -1,11 +1,15 @@
 //! The request types. They borrow what the caller has, and are validated once, when an operation begins.
 
 pub(crate) mod aads;
+pub(crate) mod clients;
 
 use crate::{
     error::{Error, Result, Shortened},
     keys::{KeySpec, RotationPeriod},
-    limits::{AAD_LEN_MAX, DESCRIPTION_LEN_MAX, IV_LEN, NUMBER_OF_BYTES_MAX, NUMBER_OF_BYTES_MIN},
+    limits::{
+        AAD_LEN_MAX, DESCRIPTION_LEN_MAX, IV_LEN, NUMBER_OF_BYTES_MAX, NUMBER_OF_BYTES_MIN,
+        PLAINTEXT_LEN_MAX, PLAINTEXT_LEN_MIN,
+    },
     wrap::{Scheme, blob::Form},
 };
 
@@ -104,13 +108,13 @@ pub(crate) fn check_number_of_bytes(number: u32) -> Result<usize> {
 /// reads every blob as a raw one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecryptRequest<'a> {
-    /// The wrapped data key.
+    /// The wrapped data key, or the encrypted text.
     pub ciphertext_blob: &'a [u8],
     /// The key that wrapped it: an id or an `alias/...`.
     pub key_id: Option<&'a str>,
     /// The 12-byte IV that came with a raw blob.
     pub iv: Option<&'a [u8]>,
-    /// The AAD of the generating request.
+    /// The AAD of the generating or encrypting request.
     pub aad: &'a [u8],
     /// `AES_GCM`, which is also meant when nothing or nothing but `""` is given.
     pub algorithm: Option<&'a str>,
@@ -156,18 +160,91 @@ impl<'a> DecryptRequest<'a> {
     /// Checks what a raw blob needs beside its key, and returns the IV.
     #[inline]
     pub(crate) fn check_raw(&self) -> Result<&'a [u8; IV_LEN]> {
-        if let Some(algorithm) =
-            self.algorithm.filter(|name| !name.is_empty() && *name != ALGORITHM)
-        {
+        check_algorithm(self.algorithm)?;
+        check_iv(self.iv.ok_or_else(|| Error::invalid("Iv is missing."))?)
+    }
+}
+
+/// One text of the caller's to encrypt. `encrypt` and `advance_encrypt` take it.
+///
+/// ```
+/// use keymill::EncryptRequest;
+/// let request = EncryptRequest::new("alias/app", b"a password").aad(b"user 1");
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct EncryptRequest<'a> {
+    /// The key that encrypts: an id or an `alias/...`.
+    pub key_id: &'a str,
+    /// What to encrypt: 1 byte to 3 MiB.
+    pub plaintext: &'a [u8],
+    /// Additional authenticated data, at most 8192 bytes. Public; whoever decrypts has to bring the same bytes.
+    pub aad: &'a [u8],
+    /// A 12-byte IV to use under a key of scheme `Derived`. One is drawn if there is none, which is what to do unless
+    /// something that cannot be changed insists.
+    pub iv: Option<&'a [u8]>,
+    /// `AES_GCM`, which is also meant when nothing or nothing but `""` is given.
+    pub algorithm: Option<&'a str>,
+}
+
+impl<'a> EncryptRequest<'a> {
+    /// A request without AAD.
+    pub const fn new(key_id: &'a str, plaintext: &'a [u8]) -> Self {
+        Self { key_id, plaintext, aad: &[], iv: None, algorithm: None }
+    }
+
+    /// The same request with this AAD.
+    #[must_use]
+    pub const fn aad(mut self, aad: &'a [u8]) -> Self {
+        self.aad = aad;
+        self
+    }
+
+    /// The same request with this IV.
+    #[must_use]
+    pub const fn iv(mut self, iv: &'a [u8]) -> Self {
+        self.iv = Some(iv);
+        self
+    }
+
+    /// Checks everything that does not depend on the key, and returns the caller's IV.
+    pub(crate) fn check(&self) -> Result<Option<&'a [u8; IV_LEN]>> {
+        let len = self.plaintext.len();
+        if !(PLAINTEXT_LEN_MIN..=PLAINTEXT_LEN_MAX).contains(&len) {
             return Err(Error::invalid(format!(
-                "Algorithm {:?} is not {ALGORITHM}.",
-                Shortened(algorithm)
+                "Plaintext has {len} bytes, outside {PLAINTEXT_LEN_MIN} to {PLAINTEXT_LEN_MAX}."
             )));
         }
-        let iv = self.iv.ok_or_else(|| Error::invalid("Iv is missing."))?;
-        iv.try_into()
-            .map_err(|_| Error::invalid(format!("Iv has {} bytes; AES_GCM needs 12.", iv.len())))
+        check_aad(self.aad)?;
+        check_algorithm(self.algorithm)?;
+        self.iv.map(check_iv).transpose()
     }
+}
+
+impl std::fmt::Debug for EncryptRequest<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EncryptRequest")
+            .field("key_id", &self.key_id)
+            .field("plaintext_len", &self.plaintext.len())
+            .field("aad", &self.aad)
+            .field("iv", &self.iv)
+            .field("algorithm", &self.algorithm)
+            .finish()
+    }
+}
+
+fn check_algorithm(algorithm: Option<&str>) -> Result<()> {
+    match algorithm {
+        None | Some("" | ALGORITHM) => Ok(()),
+        Some(other) => {
+            let other = Shortened(other);
+            Err(Error::invalid(format!("Algorithm {other:?} is not {ALGORITHM}.")))
+        }
+    }
+}
+
+fn check_iv(iv: &[u8]) -> Result<&[u8; IV_LEN]> {
+    iv.try_into()
+        .map_err(|_| Error::invalid(format!("Iv has {} bytes; AES_GCM needs 12.", iv.len())))
 }
 
 pub(crate) fn check_aad(aad: &[u8]) -> Result<()> {
@@ -290,6 +367,12 @@ mod tests {
         let long = "x".repeat(1 << 20);
         let request = DecryptRequest { algorithm: Some(&long), ..DecryptRequest::new(b"") };
         assert!(request.check_raw().unwrap_err().message().len() < 400);
+    }
+
+    #[test]
+    fn a_text_to_encrypt_does_not_print() {
+        let text = format!("{:?}", EncryptRequest::new("k", &[0x41; 32]));
+        assert!(text.contains("plaintext_len: 32") && !text.contains("65"), "{text}");
     }
 
     #[test]

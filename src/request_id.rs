@@ -30,6 +30,16 @@ impl RequestId {
         Self(Uuid::from_u128(base & !LAST_48 | last))
     }
 
+    /// Room for the text of an id.
+    #[cfg(feature = "server")]
+    pub(crate) const TEXT: [u8; 36] = [0; 36];
+
+    /// Writes what `Display` prints into `text`.
+    #[cfg(feature = "server")]
+    pub(crate) fn encode(self, text: &mut [u8; 36]) -> &str {
+        self.0.hyphenated().encode_lower(text)
+    }
+
     /// The 16 bytes of the id.
     pub fn as_bytes(&self) -> &[u8; 16] {
         self.0.as_bytes()

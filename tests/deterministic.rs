@@ -4,7 +4,9 @@
 
 use std::sync::Arc;
 
-use keymill::{CreateKey, Engine, GenerateDataKeyRequest, KeySpec, Scheme, Tier};
+use keymill::{
+    CreateKey, EncryptRequest, Encrypted, Engine, GenerateDataKeyRequest, KeySpec, Scheme, Tier,
+};
 
 /// Everything that a fixed row of calls returns, as one string of bytes.
 fn transcript(seed: u8, threads: usize, tier: Tier) -> Vec<u8> {
@@ -30,6 +32,13 @@ fn transcript(seed: u8, threads: usize, tier: Tier) -> Vec<u8> {
         out.extend_from_slice(key.ciphertext_blob());
         out.extend_from_slice(key.request_id().as_bytes());
     };
+    let mut texts = Vec::new();
+    let mut put_text = |made: keymill::Result<Encrypted>| {
+        let made = made.unwrap();
+        texts.extend_from_slice(made.iv());
+        texts.extend_from_slice(made.ciphertext_blob());
+        texts.extend_from_slice(made.request_id().as_bytes());
+    };
     for round in 0..3usize {
         let requests: Vec<_> = (0..9000usize)
             .map(|i| {
@@ -47,8 +56,20 @@ fn transcript(seed: u8, threads: usize, tier: Tier) -> Vec<u8> {
         ] {
             batch.iter().for_each(|key| put(key.unwrap()));
         }
+        // Texts by every way: under a wrapping state, a version, a salt of their own.
+        for len in [20, 1000, 5000] {
+            let (text, iv) = (vec![9; len], Some(&[3; 12][..]));
+            for name in &names[..3] {
+                let request = EncryptRequest::new(name.as_str(), &text);
+                put_text(engine.encrypt(&request));
+                put_text(engine.advance_encrypt(&request));
+            }
+            let request = EncryptRequest::new(names[2].as_str(), &text);
+            put_text(engine.encrypt(&EncryptRequest { iv, ..request }));
+        }
         engine.rotate_key(names[3].as_str()).unwrap();
     }
+    out.append(&mut texts);
     for name in &names {
         let single = engine
             .advance_generate_data_key(&GenerateDataKeyRequest::new(name.as_str(), 24))

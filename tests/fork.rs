@@ -166,7 +166,7 @@ fn open_all(engine: &Engine, batch: &DataKeyBatch, direct: bool) {
 
 /// Looks for anything that two data keys have in common, within a process or between two.
 fn assert_distinct(processes: &[Vec<Made>]) {
-    let total = processes.iter().map(Vec::len).sum();
+    let total: usize = processes.iter().map(Vec::len).sum();
     let all = || processes.iter().flatten();
     let distinct = |what: &str, values: Vec<&[u8]>| {
         let found = values.iter().collect::<HashSet<_>>().len();

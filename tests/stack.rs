@@ -9,7 +9,9 @@
 
 use std::{collections::HashSet, hint::black_box, thread};
 
-use keymill::{CreateKey, DataKey, DecryptRequest, Engine, GenerateDataKeyRequest, Scheme};
+use keymill::{
+    CreateKey, DataKey, DecryptRequest, EncryptRequest, Engine, GenerateDataKeyRequest, Scheme,
+};
 
 const DEPTH: usize = 64 << 10;
 const PIECE: usize = 8;
@@ -142,6 +144,33 @@ fn single_calls_leave_nothing_of_a_key() {
                 let request = DecryptRequest::new(&made[0].1).aad(&aad);
                 let left = left_by(|| engine.advance_decrypt(&request).unwrap(), |_| made.clone());
                 assert_eq!(left, 0, "decrypt {what}");
+            }
+        }
+    }
+}
+
+/// Long texts and IVs of the caller's take another way than short ones.
+#[test]
+fn encryptions_leave_nothing_of_a_text() {
+    for scheme in [Scheme::Derived, Scheme::Direct] {
+        let engine = engine(scheme);
+        for len in LENS.map(|len| len as usize).into_iter().chain([1025, 4096, 5000]) {
+            let ivs = [None, Some(&[5; 12][..])];
+            for iv in ivs.into_iter().filter(|iv| scheme == Scheme::Derived || iv.is_none()) {
+                let what = format!("{scheme:?}: {len} bytes, Iv {iv:?}");
+                let text: Vec<u8> = (0..len).map(|i| (i * i * 37 + i * 11 + 3) as u8).collect();
+                let request = EncryptRequest { iv, ..EncryptRequest::new("alias/app", &text) };
+                let encrypt = || engine.advance_encrypt(&request).unwrap();
+                let twice = || (encrypt(), encrypt()).1;
+                let keys = |made: &keymill::Encrypted| {
+                    vec![(text.clone(), made.ciphertext_blob().to_vec())]
+                };
+                assert_eq!(left_by(twice, keys), 0, "encrypt {what}");
+
+                let made = encrypt();
+                let request = DecryptRequest::new(made.ciphertext_blob());
+                let open = || engine.advance_decrypt(&request).unwrap();
+                assert_eq!(left_by(open, |_| keys(&made)), 0, "decrypt {what}");
             }
         }
     }

@@ -11,7 +11,8 @@ use std::{
 };
 
 use keymill::{
-    CreateKey, DecryptRequest, Engine, GenerateDataKeyRequest, ImportKey, RootKey, Scheme,
+    CreateKey, DecryptRequest, EncryptRequest, Engine, GenerateDataKeyRequest, ImportKey, RootKey,
+    Scheme,
 };
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
@@ -133,6 +134,29 @@ fn freed_memory_holds_no_key() {
         assert!(Some(opened.plaintext()) == kept.plaintext());
     }
     assert_eq!(HITS.load(SeqCst), 0, "generating left keys behind");
+
+    // Texts of the caller's, who keeps them, short and long.
+    {
+        let root = RootKey::from_bytes(&root).unwrap();
+        let engine = Engine::open(home.path().join("keys.db"), &root).unwrap();
+        let mut texts: [[u8; 2000]; 2] = [[0; 2000]; 2];
+        texts[0][..32].copy_from_slice(&secret::<32>(30));
+        texts[1][..32].copy_from_slice(&secret::<32>(31));
+        for (text, len) in [(&texts[0], 100), (&texts[1], 2000)] {
+            register(text);
+            for alias in ["alias/new", "alias/known"] {
+                let request = EncryptRequest::new(alias, &text[..len]);
+                let made = engine.advance_encrypt(&request).unwrap();
+                let opening = DecryptRequest::new(made.ciphertext_blob());
+                let opened = engine.advance_decrypt(&opening).unwrap();
+                assert_eq!(opened.plaintext().expose(), &text[..len]);
+                if alias == "alias/new" {
+                    engine.encrypt(&request.iv(&[9; 12])).unwrap();
+                }
+            }
+        }
+    }
+    assert_eq!(HITS.load(SeqCst), 0, "encrypting left texts behind");
 
     // The control.
     drop(deks[0].to_vec());

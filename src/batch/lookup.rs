@@ -11,7 +11,10 @@ use super::{name::Name, plan::Group};
 use crate::{
     error::{Error, Result},
     kernel,
-    keys::ring::{Key, KeyVersion, Ring},
+    keys::{
+        access::{Access, Gate},
+        ring::{Key, KeyVersion, Ring},
+    },
     limits::AAD_LEN_MAX,
     request::{GenerateDataKeyRequest, Operation, check_number_of_bytes},
     wrap::blob::Form,
@@ -24,6 +27,7 @@ const NAMES_EXPECTED_MAX: usize = 1700;
 /// looks for their keys, one straight after another, so that the core waits for many of them at once.
 pub(super) struct Lookup<'r, 'a> {
     ring: &'r Ring,
+    gate: Gate<'r>,
     operation: Operation,
     /// What was asked for first.
     first: Option<Asked<'a>>,
@@ -83,9 +87,15 @@ impl Hash for Asked<'_> {
 }
 
 impl<'r, 'a> Lookup<'r, 'a> {
-    pub(super) fn new(ring: &'r Ring, operation: Operation, item_count: usize) -> Self {
+    pub(super) fn new(
+        ring: &'r Ring,
+        access: &'r dyn Access,
+        operation: Operation,
+        item_count: usize,
+    ) -> Self {
         Self {
             ring,
+            gate: Gate::new(access),
             operation,
             first: None,
             asked: Vec::new(),
@@ -153,14 +163,15 @@ impl<'r, 'a> Lookup<'r, 'a> {
     /// What each name and length leads to, in the order of their numbers: a group, in the order of these. Nothing for
     /// one name that leads to a group.
     pub(super) fn find_all(self, groups: &mut Vec<Group>) -> Vec<Result<u32>> {
-        let Self { ring, asked, hasher, .. } = self;
+        let Self { ring, gate, asked, hasher, .. } = self;
         let form = self.operation.form();
         let group = |(key, version, dek_len): (&Arc<Key>, &KeyVersion, _)| {
             Group::new(Arc::clone(key), version.id, form, dek_len)
         };
         let version_of = |key: &'r Arc<Key>| &**key.version_for(form == Form::SelfDescribing);
         if asked.is_empty() {
-            let found = self.first.map(|asked| usable(&asked, ring.resolve(asked.name.as_str())));
+            let resolve = |asked: Asked<'_>| ring.resolve(asked.name.as_str());
+            let found = self.first.map(|asked| usable(&asked, resolve(asked), gate));
             return match found {
                 None => Vec::new(),
                 Some(Ok((key, dek_len))) => {
@@ -178,7 +189,7 @@ impl<'r, 'a> Lookup<'r, 'a> {
         // Where each of `wanted` is: two names may mean one key.
         let mut places = Places::new(asked.len());
         let find = |(asked, key)| {
-            let (key, dek_len) = usable(asked, key)?;
+            let (key, dek_len) = usable(asked, key, gate)?;
             let hash = hasher.hash_one((Arc::as_ptr(key), dek_len));
             let is = |place: u32| {
                 let (other, _, len) = wanted[place as usize];
@@ -203,9 +214,14 @@ impl<'r, 'a> Lookup<'r, 'a> {
 
 /// # Errors
 /// Why nothing can be generated for what was asked for, if `key` is the key of the name.
-fn usable<'r>(asked: &Asked<'_>, key: Option<&'r Arc<Key>>) -> Result<(&'r Arc<Key>, usize)> {
+fn usable<'r>(
+    asked: &Asked<'_>,
+    key: Option<&'r Arc<Key>>,
+    gate: Gate<'_>,
+) -> Result<(&'r Arc<Key>, usize)> {
     let dek_len = check_number_of_bytes(asked.number_of_bytes)?;
     let key = key.ok_or_else(|| Error::key_not_found(asked.name.as_str()))?;
+    gate.check(key, Some(asked.name.as_str()))?;
     key.record.check_usable()?;
     Ok((key, dek_len))
 }

@@ -20,6 +20,7 @@ use super::{NO_SLOT, check_output, lookup::Lookup};
 use crate::{
     error::{Error, ErrorKind, Result},
     keys::{
+        access::Access,
         id::KeyVersionId,
         ring::{Key, KeyVersion, Ring},
     },
@@ -157,11 +158,12 @@ impl Plan {
         &mut self,
         requests: &[GenerateDataKeyRequest<'a>],
         ring: &Ring,
+        access: &dyn Access,
         operation: Operation,
     ) -> bool {
         self.clear();
         self.item_count = requests.len();
-        let mut lookup = Lookup::new(ring, operation, requests.len());
+        let mut lookup = Lookup::new(ring, access, operation, requests.len());
         let alike = lookup.ask_first(requests);
         let only_name = alike == requests.len();
         let aads_len = match only_name {

@@ -1,7 +1,11 @@
-//! Finding the keys of a decrypting batch's requests: which version opens a blob, and how long its data key is.
+//! Finding the keys of a decrypting batch's requests: which version opens a blob, and how long its data key is (or the
+//! caller's text, which is a data key to all that follows).
 //!
 //! What is found of a request is kept small, and nothing of its blob is read but a head that may describe it: the rest
 //! is read where it is opened, so that it comes to the caches once. Public: everything here.
+//!
+//! Whatever is remembered of a key was permitted to the caller: permission is asked for where a key is found, and a
+//! refusal leaves nothing behind.
 
 use std::sync::Arc;
 
@@ -11,9 +15,10 @@ use crate::{
     kernel::Iv,
     keys::{
         KeyState, KeyVersionId,
+        access::{Access, Gate},
         ring::{Key, KeyVersion, Ring},
     },
-    limits::{AAD_LEN_MAX, IV_LEN, KEY_VERSION_ID_LEN, NUMBER_OF_BYTES_MAX},
+    limits::{AAD_LEN_MAX, IV_LEN, KEY_VERSION_ID_LEN, PLAINTEXT_LEN_MAX},
     request::{DecryptRequest, check_aad},
     wrap::blob::{self, Form, Parts},
 };
@@ -31,37 +36,62 @@ pub(crate) enum Reading {
 #[derive(Clone, Copy)]
 pub(crate) struct Item<'a> {
     pub(crate) version: &'a Arc<KeyVersion>,
-    /// Of the request.
-    index: u32,
-    dek_len: u16,
-    form: Form,
+    /// The index of the request, with [`DESCRIBED`] on top if its blob is self-describing.
+    place: u32,
+    dek_len: u32,
 }
 
-// A batch has one for each request, between the pass that finds them and the one that opens them.
-const _: () = assert!(size_of::<Item<'_>>() <= 16 && NUMBER_OF_BYTES_MAX <= u16::MAX as usize);
+/// The one bit that indexes leave free.
+const DESCRIBED: u32 = 1 << 31;
 
-impl Item<'_> {
+// A batch has one for each request, between the pass that finds them and the one that opens them.
+const _: () = assert!(size_of::<Item<'_>>() <= 16);
+
+impl<'a> Item<'a> {
+    #[inline]
+    fn new(version: &'a Arc<KeyVersion>, index: u32, form: Form, dek_len: usize) -> Self {
+        let dek_len = u32::try_from(dek_len).expect("at most PLAINTEXT_LEN_MAX");
+        let place = match form {
+            Form::Raw => index,
+            Form::SelfDescribing => index | DESCRIBED,
+        };
+        Self { version, place, dek_len }
+    }
+
+    /// The same for another request.
+    #[inline]
+    fn at(self, index: u32) -> Self {
+        Self { place: self.place & DESCRIBED | index, ..self }
+    }
+
     /// Of the request.
+    #[inline]
     pub(crate) fn index(&self) -> usize {
-        self.index as usize
+        (self.place & !DESCRIBED) as usize
+    }
+
+    #[inline]
+    fn form(&self) -> Form {
+        if self.place & DESCRIBED == 0 { Form::Raw } else { Form::SelfDescribing }
     }
 
     /// Bytes of the data key.
+    #[inline]
     pub(crate) fn dek_len(&self) -> usize {
-        self.dek_len.into()
+        self.dek_len as usize
     }
 
     /// The blob of the item's request, cut.
     #[inline]
     pub(super) fn cut<'r>(&self, request: &DecryptRequest<'r>) -> Parts<'r> {
-        blob::cut(request.ciphertext_blob, self.form, self.version.wrapper.scheme())
+        blob::cut(request.ciphertext_blob, self.form(), self.version.wrapper.scheme())
             .expect("long enough when it was found")
     }
 
     /// The IV of the item's request.
     #[inline]
     pub(super) fn iv<'r>(&self, request: &DecryptRequest<'r>) -> &'r Iv {
-        match self.form {
+        match self.form() {
             Form::Raw => request.iv.and_then(|iv| iv.try_into().ok()),
             Form::SelfDescribing => blob::iv(request.ciphertext_blob),
         }
@@ -75,6 +105,7 @@ type Found<'a> = (&'a Arc<Key>, &'a Arc<KeyVersion>);
 /// Finds the keys of requests in one ring. Remembers the last: equal ones mostly come one after the other.
 pub(crate) struct Resolver<'a> {
     ring: &'a Ring,
+    gate: Gate<'a>,
     reading: Reading,
     last: Option<Last<'a>>,
     last_named: Option<(Name<'a>, &'a Arc<Key>)>,
@@ -96,7 +127,7 @@ impl Last<'_> {
     #[inline]
     fn is_like(&self, request: &DecryptRequest<'_>, reading: Reading) -> bool {
         let Self { named, blob_len, item } = self;
-        let says_the_same = match item.form {
+        let says_the_same = match item.form() {
             Form::Raw => {
                 let named = match (*named, request.key_id) {
                     (Some(last), Some(name)) => last == Name::new(name),
@@ -132,9 +163,10 @@ pub(crate) struct Summary {
 }
 
 impl<'a> Resolver<'a> {
-    pub(crate) fn new(ring: &'a Ring, reading: Reading) -> Self {
+    pub(crate) fn new(ring: &'a Ring, access: &'a dyn Access, reading: Reading) -> Self {
         Self {
             ring,
+            gate: Gate::new(access),
             reading,
             last: None,
             last_named: None,
@@ -153,7 +185,8 @@ impl<'a> Resolver<'a> {
     /// Finds the key version of a request and the length of its data key, and adds them to `items`.
     ///
     /// # Errors
-    /// `DecryptFailed` for whatever only says that the blob is wrong; the request's and the key's own errors otherwise.
+    /// `DecryptFailed` for whatever only says that the blob is wrong; `NoPermission`; the request's and the key's own
+    /// errors otherwise.
     #[inline(always)]
     pub(crate) fn resolve(
         &mut self,
@@ -161,9 +194,9 @@ impl<'a> Resolver<'a> {
         index: usize,
         items: &mut Vec<Item<'a>>,
     ) -> Result<()> {
-        let index = u32::try_from(index).expect("a batch has fewer than 2^32 items");
+        let index = u32::try_from(index).expect("a batch has fewer than 2^31 items");
         let item = match &self.last {
-            Some(last) if last.is_like(request, self.reading) => Item { index, ..last.item },
+            Some(last) if last.is_like(request, self.reading) => last.item.at(index),
             _ => self.find(request, index, items.first())?,
         };
         self.summary.dek_len += item.dek_len();
@@ -183,10 +216,11 @@ impl<'a> Resolver<'a> {
         check_aad(request.aad)?;
         let named = request.key_id.map(|name| self.named(name)).transpose();
         let described = match self.reading {
-            Reading::Raw => None,
+            Reading::Raw => Ok(None),
             Reading::Advance => self.described(request),
         };
-        let named = named?;
+        // Both keys are permitted from here on, so that a message may name either.
+        let (named, described) = (named?, described?);
         let (form, key, version) = match described {
             Some((key, version)) => {
                 if let Some(named) = named.filter(|named| named.record.id != key.record.id) {
@@ -204,15 +238,14 @@ impl<'a> Resolver<'a> {
             key.record.check_usable()?;
         }
         let dek_len = blob::dek_len(request.ciphertext_blob, form, version.wrapper.scheme())
-            .filter(|len| *len <= NUMBER_OF_BYTES_MAX)
+            .filter(|len| *len <= PLAINTEXT_LEN_MAX)
             .ok_or_else(failed)?;
         // Requests like this one add no further differences.
         if let Some(first) = first {
             self.summary.len_differences |= dek_len ^ first.dek_len();
             self.summary.several_versions |= !Arc::ptr_eq(version, first.version);
         }
-        let dek_len = u16::try_from(dek_len).expect("at most NUMBER_OF_BYTES_MAX");
-        let item = Item { version, index, dek_len, form };
+        let item = Item::new(version, index, form, dek_len);
         let (named, blob_len) = (request.key_id.map(Name::new), request.ciphertext_blob.len());
         self.last = Some(Last { named, blob_len, item });
         Ok(item)
@@ -236,26 +269,34 @@ impl<'a> Resolver<'a> {
         let key = self.ring.resolve(name.as_str());
         self.missed |= key.is_none();
         let key = key.ok_or_else(|| Error::key_not_found(name.as_str()))?;
+        self.gate.check(key, Some(name.as_str()))?;
         self.last_named = Some((name, key));
         Ok(key)
     }
 
     /// What a self-describing blob says of itself; `None` for any other blob.
     #[inline]
-    fn described(&mut self, request: &DecryptRequest<'_>) -> Option<Found<'a>> {
-        let id = blob::head(request.ciphertext_blob)?;
+    fn described(&mut self, request: &DecryptRequest<'_>) -> Result<Option<Found<'a>>> {
+        let Some(id) = blob::head(request.ciphertext_blob) else { return Ok(None) };
         match self.last_described {
-            Some(last) if last.1.id.as_bytes() == id => Some(last),
-            _ => self.look_up_version(id),
+            Some(last) if last.1.id.as_bytes() == id => Ok(Some(last)),
+            _ => self.look_up_version(id, request.key_id),
         }
     }
 
     #[inline(never)]
-    fn look_up_version(&mut self, id: &[u8; KEY_VERSION_ID_LEN]) -> Option<Found<'a>> {
+    fn look_up_version(
+        &mut self,
+        id: &[u8; KEY_VERSION_ID_LEN],
+        named: Option<&str>,
+    ) -> Result<Option<Found<'a>>> {
         let found = self.ring.version_by_bytes(id);
         self.missed |= found.is_none() && KeyVersionId::from_bytes(id).is_some();
-        self.last_described = Some(found?);
-        found
+        if let Some((key, _)) = found {
+            self.gate.check(key, named)?;
+            self.last_described = found;
+        }
+        Ok(found)
     }
 
     /// The version under which a raw blob is to be opened.
@@ -274,6 +315,7 @@ impl<'a> Resolver<'a> {
                 let known = self.ring.version_by_bytes(id.as_bytes());
                 self.missed |= known.is_none();
                 let (key, version) = known.ok_or_else(|| Error::key_not_found(name))?;
+                self.gate.check(key, None)?;
                 Ok((key, version))
             }
             // The caller takes the blob for a self-describing one, and it is cut or damaged: a wrong blob.

@@ -422,7 +422,7 @@ impl std::fmt::Debug for DecryptedRef<'_> {
     }
 }
 
-/// An unwrapped data key, owned: the result of a single call, or an owned view of a batch.
+/// An unwrapped data key or a decrypted text, owned: the result of a single call, or an owned view of a batch.
 #[derive(Clone, Debug)]
 pub struct Decrypted {
     pub(crate) key_version_id: KeyVersionId,
@@ -441,7 +441,7 @@ impl Decrypted {
         self.key_version_id
     }
 
-    /// The data key.
+    /// The data key or the text.
     pub fn plaintext(&self) -> &SecretBytes {
         &self.plaintext
     }

@@ -1,4 +1,4 @@
-//! The two operations that unwrap data keys, single and in batches.
+//! The two operations that unwrap data keys and callers' texts, single and in batches.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::{
         result::{Decrypted, DecryptedBatch},
     },
     error::{Error, Result},
-    keys::ring::Ring,
+    keys::access::{Access, Everything},
     memory::{ColumnLens, Memory},
     request::DecryptRequest,
     secret::SecretBytes,
@@ -19,14 +19,14 @@ use crate::{
 
 /// Operations that unwrap.
 impl Engine {
-    /// Unwraps a raw blob: `key_id` and `iv` are needed, and the key's initial version opens it. Without a `key_id`,
-    /// `key_version_id` names the version.
+    /// Unwraps a raw blob, of a data key or of a text: `key_id` and `iv` are needed, and the key's initial version
+    /// opens it. Without a `key_id`, `key_version_id` names the version.
     ///
     /// # Errors
     /// `InternalFailure` if the AAD, the blob or a 12-byte IV is wrong, without saying which; `InvalidParameter` for a
     /// missing or malformed parameter; `Forbidden.KeyNotFound`, `Rejected.Disabled`, `Rejected.PendingDeletion`.
     pub fn decrypt(&self, request: &DecryptRequest<'_>) -> Result<Decrypted> {
-        self.decrypt_one(request, Reading::Raw)
+        self.decrypt_one_as(&Everything, request, Reading::Raw)
     }
 
     /// Unwraps a blob of either form. A self-describing one needs the AAD alone; a `key_id` that names another key is
@@ -35,7 +35,7 @@ impl Engine {
     /// # Errors
     /// As [`Engine::decrypt`].
     pub fn advance_decrypt(&self, request: &DecryptRequest<'_>) -> Result<Decrypted> {
-        self.decrypt_one(request, Reading::Advance)
+        self.decrypt_one_as(&Everything, request, Reading::Advance)
     }
 
     /// Unwraps every blob, as [`Engine::decrypt`] does for one.
@@ -47,7 +47,7 @@ impl Engine {
     /// `Rejected.LimitExceeded` for a batch over its limits, before any work; `ServiceUnavailableTemporary` if there
     /// is no memory for the result.
     pub fn decrypt_batch(&self, requests: &[DecryptRequest<'_>]) -> Result<DecryptedBatch> {
-        self.decrypt_many(requests, Reading::Raw)
+        self.decrypt_batch_as(&Everything, requests, Reading::Raw)
     }
 
     /// A batch of [`Engine::advance_decrypt`].
@@ -55,35 +55,49 @@ impl Engine {
     /// # Errors
     /// As [`Engine::decrypt_batch`].
     pub fn advance_decrypt_batch(&self, requests: &[DecryptRequest<'_>]) -> Result<DecryptedBatch> {
-        self.decrypt_many(requests, Reading::Advance)
+        self.decrypt_batch_as(&Everything, requests, Reading::Advance)
     }
 
-    fn decrypt_one(&self, request: &DecryptRequest<'_>, reading: Reading) -> Result<Decrypted> {
-        self.in_one_process(|shared| shared.decrypt_one(request, reading))
+    /// Unwraps a blob for a caller who has this access.
+    pub(crate) fn decrypt_one_as(
+        &self,
+        access: &dyn Access,
+        request: &DecryptRequest<'_>,
+        reading: Reading,
+    ) -> Result<Decrypted> {
+        self.in_one_process(|shared| shared.decrypt_one(access, request, reading))
             .map_err(|error| self.shared().name(error))
     }
 
-    fn decrypt_many(
+    /// Unwraps every blob for a caller who has this access. Items of keys that it does not permit are refused one by
+    /// one.
+    pub(crate) fn decrypt_batch_as(
         &self,
+        access: &dyn Access,
         requests: &[DecryptRequest<'_>],
         reading: Reading,
     ) -> Result<DecryptedBatch> {
         check_item_count(requests.len())?;
-        self.in_one_process(|shared| shared.decrypt_many(requests, reading))
+        self.in_one_process(|shared| shared.decrypt_many(access, requests, reading))
     }
 }
 
 impl Shared {
-    fn decrypt_one(&self, request: &DecryptRequest<'_>, reading: Reading) -> Result<Decrypted> {
+    fn decrypt_one(
+        &self,
+        access: &dyn Access,
+        request: &DecryptRequest<'_>,
+        reading: Reading,
+    ) -> Result<Decrypted> {
         let ring = self.ring.load();
-        let mut resolver = Resolver::new(&ring, reading);
+        let mut resolver = Resolver::new(&ring, access, reading);
         let mut items = Vec::with_capacity(1);
         let found = resolver.resolve(request, 0, &mut items);
         if resolver.take_missed() {
             self.refresh_if_changed()?;
             let ring = self.ring.load();
             let mut items = Vec::with_capacity(1);
-            Resolver::new(&ring, reading).resolve(request, 0, &mut items)?;
+            Resolver::new(&ring, access, reading).resolve(request, 0, &mut items)?;
             return self.open_one(request, &items[0]);
         }
         found?;
@@ -101,11 +115,13 @@ impl Shared {
 
     fn decrypt_many(
         &self,
+        access: &dyn Access,
         requests: &[DecryptRequest<'_>],
         reading: Reading,
     ) -> Result<DecryptedBatch> {
         let ring = self.ring.load_full();
-        let resolved = resolve_all(requests, &ring, reading, None);
+        let resolver = Resolver::new(&ring, access, reading);
+        let resolved = resolve_all(requests, resolver, None);
         if !resolved.missed {
             return self.open_all(requests, resolved);
         }
@@ -115,7 +131,8 @@ impl Shared {
         if unasked.is_none() && newer.changes == ring.changes {
             return self.open_all(requests, resolved);
         }
-        let resolved = resolve_all(requests, &newer, reading, unasked.as_ref());
+        let resolver = Resolver::new(&newer, access, reading);
+        let resolved = resolve_all(requests, resolver, unasked.as_ref());
         self.open_all(requests, resolved)
     }
 
@@ -149,11 +166,11 @@ struct Resolved<'a> {
     missed: bool,
 }
 
-/// Finds the key of every request. `unasked` refuses those that ask for what the ring does not have.
+/// Finds the key of every request by `resolver`, which is new. `unasked` refuses those that ask for what the ring does
+/// not have.
 fn resolve_all<'a>(
     requests: &[DecryptRequest<'a>],
-    ring: &'a Ring,
-    reading: Reading,
+    mut resolver: Resolver<'a>,
     unasked: Option<&Error>,
 ) -> Resolved<'a> {
     let mut resolved = Resolved {
@@ -162,7 +179,6 @@ fn resolve_all<'a>(
         summary: Summary::default(),
         missed: false,
     };
-    let mut resolver = Resolver::new(ring, reading);
     for (index, request) in requests.iter().enumerate() {
         let before = resolved.items.len();
         let mut found = resolver.resolve(request, index, &mut resolved.items);

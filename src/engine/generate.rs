@@ -11,7 +11,10 @@ use crate::{
         run,
     },
     error::{Error, Result},
-    keys::KeyHandle,
+    keys::{
+        KeyHandle,
+        access::{Access, Everything},
+    },
     limits::{AAD_LEN_MAX, OS_SEED_ITEMS_MIN},
     memory::Memory,
     os,
@@ -106,9 +109,21 @@ impl Engine {
         operation: Operation,
         requests: &[GenerateDataKeyRequest<'_>],
     ) -> Result<()> {
+        self.generate_batch_as(&Everything, batch, operation, requests)
+    }
+
+    /// As [`Engine::generate_data_key_batch_into`], for a caller who has this access. Items of keys that it does not
+    /// permit are refused one by one.
+    pub(crate) fn generate_batch_as(
+        &self,
+        access: &dyn Access,
+        batch: &mut DataKeyBatch,
+        operation: Operation,
+        requests: &[GenerateDataKeyRequest<'_>],
+    ) -> Result<()> {
         self.make(batch, |shared, batch| {
             check_item_count(requests.len())?;
-            shared.generate_many(requests, operation, batch)
+            shared.generate_many(access, requests, operation, batch)
         })
     }
 
@@ -235,6 +250,7 @@ const STATES_TOGETHER: usize = 32;
 impl Shared {
     fn generate_many(
         &self,
+        access: &dyn Access,
         requests: &[GenerateDataKeyRequest<'_>],
         operation: Operation,
         batch: &mut DataKeyBatch,
@@ -246,7 +262,7 @@ impl Shared {
         let mut attempts = 1..=ATTEMPTS;
         loop {
             let ring = self.ring.load_full();
-            if plan.resolve(requests, &ring, operation) && !refreshed {
+            if plan.resolve(requests, &ring, access, operation) && !refreshed {
                 refreshed = true;
                 unasked = self.refresh_if_changed().err();
                 if self.ring.load().changes != ring.changes {
@@ -311,7 +327,7 @@ impl Shared {
             };
             let granted = need.granted;
             if granted < need.wraps {
-                succeeded |= self.successor(&need.key, &need.version, operation).is_some();
+                succeeded |= self.successor(&need.key, &need.version, operation.form()).is_some();
                 let why = why.unwrap_or_else(|| wraps::spent(&need.version));
                 shortfalls.push(Shortfall { version: Arc::clone(&need.version), granted, why });
             }

@@ -1,8 +1,12 @@
 //! `Engine`: the operations, and what holds them together. The only room that knows every stage.
 //!
 //! `mod.rs` opens engines and keeps the ring fresh; `single`, `generate` (batches), `stream` and `decrypt` are the
-//! operations on data keys, `admin` those on KEKs and aliases, `wraps` the leases of `Direct` versions, `background`
-//! the watcher and due work.
+//! operations on data keys, `encrypt` those on the caller's own texts, `random` gives random bytes, `admin` has the
+//! operations on KEKs and aliases, `clients` those on clients of a server, `wraps` the leases of `Direct` versions,
+//! `background` the watcher and due work, `outlook` what a server asks beside all that.
+//!
+//! An operation whose name ends in `_as` is for a caller who may use some keys only (`keys::access`); the public one of
+//! that name is for whoever holds the engine.
 //!
 //! # Forks
 //! Whatever belongs to one process lies in [`Process`], made anew by a child on first use. Every operation on data
@@ -11,10 +15,17 @@
 mod admin;
 mod background;
 mod builder;
+mod clients;
 mod decrypt;
+mod encrypt;
 mod generate;
+#[cfg(any(feature = "server", test))]
+mod outlook;
+mod random;
 mod single;
 mod stream;
+#[cfg(test)]
+mod tests;
 mod wraps;
 
 use std::{
@@ -30,11 +41,13 @@ use arc_swap::ArcSwap;
 
 pub use background::DueReport;
 pub use builder::{DueWork, EngineBuilder};
+pub use encrypt::Encrypted;
 pub use single::{DataKeyBuffers, WrittenDataKey};
 pub use stream::DataKeyStream;
 
 use crate::{
     batch::fan_out::FanOut,
+    clients::ClientDirectory,
     cpu::Tier,
     error::{Error, Result},
     keys::{KeyHandle, StoredKey, UnixSeconds, ring::Ring},
@@ -79,6 +92,8 @@ struct Shared {
     number: u64,
     store: Box<dyn KeyStore>,
     ring: ArcSwap<Ring>,
+    /// Of the same image of the store as the ring, and replaced just before it.
+    clients: ArcSwap<ClientDirectory>,
     rng: Rng,
     tier: Tier,
     config: Config,
@@ -203,7 +218,7 @@ impl Engine {
         self.shared().recycler().waiting_bytes()
     }
 
-    /// How many data keys were wrapped under the initial version of a key that rotates by itself. Such use defeats the
+    /// How often the initial version of a key that rotates by itself wrapped or encrypted. Such use defeats the
     /// rotation: the `advance_` operations follow it. The first use of each key is logged as a warning.
     pub fn initial_version_uses(&self) -> u64 {
         self.shared().initial_version_uses.load(Ordering::Relaxed)
@@ -225,6 +240,7 @@ impl Engine {
             number: ENGINES.fetch_add(1, Ordering::Relaxed),
             store,
             ring: ArcSwap::from_pointee(Ring::default()),
+            clients: ArcSwap::default(),
             rng,
             tier,
             config,
@@ -280,13 +296,15 @@ impl Shared {
         now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
     }
 
-    /// Reads the store and replaces the ring. Returns what was read.
+    /// Reads the store and replaces the ring and the clients. Returns what was read of keys.
     fn refresh(&self) -> Result<Vec<StoredKey>> {
         let process = self.process();
         let _alone = process.refresh.lock().unwrap_or_else(PoisonError::into_inner);
         let image = self.store.load()?;
         let before = self.ring.load_full();
         let ring = Ring::build(image.changes, &image.keys, &before, self.tier, self.number)?;
+        // Before the ring: by its number others decide that all is fresh.
+        self.clients.store(Arc::new(ClientDirectory::new(image.clients)));
         // The cells first: whoever forks in between leaves its child a ring whose number says that it is old, and with
         // it cells that are newer, which the child publishes again.
         ring.publish(&before);
@@ -300,7 +318,7 @@ impl Shared {
         Arc::clone(&self.recycler.get_or(make))
     }
 
-    /// Replaces the ring if the store has changed since it was read.
+    /// Replaces the ring and the clients if the store has changed since they were read.
     fn refresh_if_changed(&self) -> Result<()> {
         if self.store.changes()? == self.ring.load().changes {
             return Ok(());

@@ -15,6 +15,7 @@ use crate::{
     kernel::{self, Keys},
     keys::{
         KeyHandle, KeyVersionId,
+        access::{Access, Everything, Gate},
         ring::{Key, KeyVersion},
     },
     limits::{IV_LEN, SALT_LEN},
@@ -62,7 +63,7 @@ impl Engine {
     /// `InvalidParameter`, `Forbidden.KeyNotFound`, `Rejected.Disabled`, `Rejected.PendingDeletion`;
     /// `Rejected.LimitExceeded` when a `Direct` version has spent its 2^32 wraps. The store or the machine may fail.
     pub fn generate_data_key(&self, request: &GenerateDataKeyRequest<'_>) -> Result<DataKey> {
-        self.generate_one(request, Operation::GenerateDataKey)
+        self.generate_one_as(&Everything, request, Operation::GenerateDataKey)
     }
 
     /// As [`Engine::generate_data_key`], for a data key that someone else will ask for by `decrypt`: it is wiped as
@@ -74,7 +75,7 @@ impl Engine {
         &self,
         request: &GenerateDataKeyRequest<'_>,
     ) -> Result<DataKey> {
-        self.generate_one(request, Operation::GenerateDataKeyWithoutPlaintext)
+        self.generate_one_as(&Everything, request, Operation::GenerateDataKeyWithoutPlaintext)
     }
 
     /// Generates a data key and wraps it under the key's **primary** version, in a blob that describes itself: store
@@ -86,7 +87,7 @@ impl Engine {
         &self,
         request: &GenerateDataKeyRequest<'_>,
     ) -> Result<DataKey> {
-        self.generate_one(request, Operation::AdvanceGenerateDataKey)
+        self.generate_one_as(&Everything, request, Operation::AdvanceGenerateDataKey)
     }
 
     /// As [`Engine::advance_generate_data_key`], with the data key wiped as soon as it is wrapped.
@@ -97,7 +98,11 @@ impl Engine {
         &self,
         request: &GenerateDataKeyRequest<'_>,
     ) -> Result<DataKey> {
-        self.generate_one(request, Operation::AdvanceGenerateDataKeyWithoutPlaintext)
+        self.generate_one_as(
+            &Everything,
+            request,
+            Operation::AdvanceGenerateDataKeyWithoutPlaintext,
+        )
     }
 
     /// Generates a data key into memory of the caller's, by any of the four operations. Allocates nothing.
@@ -135,7 +140,7 @@ impl Engine {
             let key = cell.load()?;
             let request = Request { operation, aad, dek_len: plaintext.len() };
             request.check()?;
-            shared.with_version(&key, operation, |version| {
+            shared.with_version(&key, operation.form(), |version| {
                 let layout = request.layout(version);
                 let needed = layout.len();
                 let given = ciphertext_blob.len();
@@ -145,7 +150,7 @@ impl Engine {
                     ))
                 })?;
                 let mut about = About::EMPTY;
-                shared.seal_one(version, &request, plaintext, &mut about, blob)?;
+                shared.make_one(version, &request, plaintext, &mut about, blob)?;
                 let About { key_version_id, iv: made, request_id } = about;
                 *iv = made;
                 Ok(WrittenDataKey { key_version_id, blob_len: needed, request_id })
@@ -157,13 +162,19 @@ impl Engine {
         written.map_err(|error| self.shared().name(error))
     }
 
-    fn generate_one(
+    /// Any of the four operations, for a caller who has this access.
+    pub(crate) fn generate_one_as(
         &self,
+        access: &dyn Access,
         request: &GenerateDataKeyRequest<'_>,
         operation: Operation,
     ) -> Result<DataKey> {
-        self.in_one_process(|shared| shared.generate_one(request, operation))
-            .map_err(|error| self.shared().name(error))
+        self.in_one_process(|shared| {
+            let dek_len = request.check()?;
+            let wanted = Request { operation, aad: request.aad, dek_len };
+            shared.with_key(access, request.key_id, |key| shared.new_data_key(key, &wanted))
+        })
+        .map_err(|error| self.shared().name(error))
     }
 
     /// As the single calls, by a handle.
@@ -191,6 +202,14 @@ struct Request<'a> {
     dek_len: usize,
 }
 
+/// What is wrapped.
+pub(super) enum Plaintext<'a> {
+    /// A data key, which is drawn first.
+    Drawn(&'a mut [u8]),
+    /// The caller's.
+    Given(&'a [u8]),
+}
+
 impl Request<'_> {
     fn check(&self) -> Result<()> {
         check_aad(self.aad)?;
@@ -205,80 +224,105 @@ impl Request<'_> {
 }
 
 impl Shared {
-    fn generate_one(
-        &self,
-        request: &GenerateDataKeyRequest<'_>,
-        operation: Operation,
-    ) -> Result<DataKey> {
-        let dek_len = request.check()?;
-        let wanted = Request { operation, aad: request.aad, dek_len };
-        if let Some(key) = self.ring.load().resolve(request.key_id) {
-            return self.new_data_key(key, &wanted);
-        }
-        self.new_data_key(&self.find(request.key_id)?, &wanted)
-    }
-
     /// A data key in memory of its own.
     fn new_data_key(&self, key: &Arc<Key>, request: &Request<'_>) -> Result<DataKey> {
-        self.with_version(key, request.operation, |version| {
+        self.with_version(key, request.operation.form(), |version| {
             let returned = request.operation.returns_plaintext().then_some(request.dek_len);
             let blob_len = request.layout(version).len();
             DataKey::make(returned, blob_len, |about, plaintext, blob| match plaintext {
-                Some(dek) => self.seal_one(version, request, dek, about, blob),
+                Some(dek) => self.make_one(version, request, dek, about, blob),
                 None => {
                     let mut dek = SecretBytes::EMPTY;
                     dek.set_len_in_place(request.dek_len);
                     let dek = dek.expose_mut().expect("no view");
-                    self.seal_one(version, request, dek, about, blob)
+                    self.make_one(version, request, dek, about, blob)
                 }
             })
         })
     }
 
-    /// Finds the version that `operation` wraps under, and takes the wrap that a `Direct` one needs, before `make` does
-    /// the work.
-    fn with_version<T>(
+    /// Draws a data key into `dek` and wraps it.
+    fn make_one(
+        &self,
+        version: &KeyVersion,
+        request: &Request<'_>,
+        dek: &mut [u8],
+        about: &mut About,
+        blob: &mut [u8],
+    ) -> Result<()> {
+        let layout = request.layout(version);
+        self.seal_one(version, layout, request.aad, Plaintext::Drawn(dek), about, blob)
+    }
+
+    /// Runs `make` with the key of this name, which `access` permits. A name that is missing is looked up in the store
+    /// once.
+    pub(super) fn with_key<T>(
+        &self,
+        access: &dyn Access,
+        name: &str,
+        make: impl FnOnce(&Arc<Key>) -> Result<T>,
+    ) -> Result<T> {
+        let ring = self.ring.load();
+        let found;
+        let key = match ring.resolve(name) {
+            Some(key) => key,
+            None => {
+                found = self.find(name)?;
+                &found
+            }
+        };
+        Gate::new(access).check(key, Some(name))?;
+        make(key)
+    }
+
+    /// Finds the version that wraps in this form, and takes the wrap that a `Direct` one needs, before `make` does the
+    /// work.
+    pub(super) fn with_version<T>(
         &self,
         key: &Arc<Key>,
-        operation: Operation,
+        form: Form,
         make: impl FnOnce(&KeyVersion) -> Result<T>,
     ) -> Result<T> {
         key.record.check_usable()?;
-        let version = version_of(key, operation);
-        if operation.form() == Form::Raw {
+        let version = version_of(key, form);
+        if form == Form::Raw {
             self.note_initial_use(key, 1);
         }
         match version.wrapper {
             Wrapper::Derived { .. } => make(version),
             Wrapper::Direct(_) => {
-                let taken = self.take_one_wrap(Arc::clone(key), Arc::clone(version), operation)?;
+                let taken = self.take_one_wrap(Arc::clone(key), Arc::clone(version), form)?;
                 make(&taken)
             }
         }
     }
 
-    /// Draws a data key into `plaintext` and wraps it. What is public goes into `about`.
-    fn seal_one(
+    /// Wraps one plaintext under the version, or its wrapping state. What is public goes into `about`.
+    pub(super) fn seal_one(
         &self,
         version: &KeyVersion,
-        request: &Request<'_>,
-        plaintext: &mut [u8],
+        layout: Layout,
+        aad: &[u8],
+        plaintext: Plaintext<'_>,
         about: &mut About,
         blob: &mut [u8],
     ) -> Result<()> {
         let (mut id, iv) = ([0; 16], &mut about.iv);
-        let layout = request.layout(version);
+        let (drawn, given) = match plaintext {
+            Plaintext::Drawn(drawn) => (drawn, None),
+            Plaintext::Given(given) => (&mut [][..], Some(given)),
+        };
         let at = layout.ciphertext_at();
         let moment = self.rng.moment();
         match &version.wrapper {
             Wrapper::Direct(key) => {
-                self.rng.fill_each(moment, &mut [&mut id, iv, plaintext])?;
+                self.rng.fill_each(moment, &mut [&mut id, iv, drawn])?;
                 kernel::seal_and_wipe(kernel::Seal {
                     keys: Keys::One(key.key()),
                     ivs: std::slice::from_ref(iv),
-                    aads: &[request.aad],
-                    len: request.dek_len,
-                    plaintexts: plaintext,
+                    aads: &[aad],
+                    len: layout.dek_len,
+                    plaintexts: given.unwrap_or(drawn),
                     stride: layout.len(),
                     out: blob,
                     offset: at,
@@ -287,8 +331,8 @@ impl Shared {
             }
             Wrapper::Derived { root, states } => {
                 let mut state = states.take(root, &self.rng, moment, 1)?;
-                self.rng.fill_each(moment, &mut [&mut id, plaintext])?;
-                *iv = state.seal(request.aad, plaintext, &mut blob[at..])?;
+                self.rng.fill_each(moment, &mut [&mut id, drawn])?;
+                *iv = state.seal(aad, given.unwrap_or(drawn), &mut blob[at..])?;
                 layout.write_head(blob, version.id.as_bytes(), iv, state.salt());
                 states.put_back(state, moment);
             }
@@ -303,13 +347,13 @@ impl Shared {
         &self,
         mut key: Arc<Key>,
         mut version: Arc<KeyVersion>,
-        operation: Operation,
+        form: Form,
     ) -> Result<Arc<KeyVersion>> {
         for _ in 0..ATTEMPTS {
             if self.take_wraps(&key, &version, 1)? == 1 {
                 return Ok(version);
             }
-            match self.successor(&key, &version, operation) {
+            match self.successor(&key, &version, form) {
                 Some((new_key, new_version)) => (key, version) = (new_key, new_version),
                 None => break,
             }
@@ -317,16 +361,16 @@ impl Shared {
         Err(wraps::spent(&version))
     }
 
-    /// The key's version for `operation` in the present ring, if it is not `version`.
+    /// The key's version for blobs of this form in the present ring, if it is not `version`.
     pub(super) fn successor(
         &self,
         key: &Key,
         version: &Arc<KeyVersion>,
-        operation: Operation,
+        form: Form,
     ) -> Option<(Arc<Key>, Arc<KeyVersion>)> {
         let ring = self.ring.load();
         let key = ring.resolve(key.record.id.as_str())?;
-        let now = version_of(key, operation);
+        let now = version_of(key, form);
         (now.id != version.id).then(|| (Arc::clone(key), Arc::clone(now)))
     }
 
@@ -347,14 +391,14 @@ impl Shared {
         self.initial_version_uses.fetch_add(count as u64, Ordering::Relaxed);
         if !key.warned.swap(true, Ordering::Relaxed) {
             log::warn!(
-                "key {} rotates by itself, but GenerateDataKey goes on with its initial version; \
-                 AdvanceGenerateDataKey follows the rotation",
+                "key {} rotates by itself, but GenerateDataKey and Encrypt go on with its initial \
+                 version; AdvanceGenerateDataKey and AdvanceEncrypt follow the rotation",
                 key.record.id
             );
         }
     }
 }
 
-pub(super) fn version_of(key: &Key, operation: Operation) -> &Arc<KeyVersion> {
-    key.version_for(operation.form() == Form::SelfDescribing)
+fn version_of(key: &Key, form: Form) -> &Arc<KeyVersion> {
+    key.version_for(form == Form::SelfDescribing)
 }

@@ -37,6 +37,7 @@ impl Shared {
             };
             let used = grant.wraps.min(need);
             got += used;
+            version.lease.note_spent(grant.spent);
             version.lease.add(grant.wraps - used, generation);
             if grant.spent >= WRAPS_BEFORE_ROTATION {
                 self.replace_spent(key, version);

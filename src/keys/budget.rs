@@ -18,9 +18,14 @@ const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
 pub(crate) struct Lease {
     /// Generation in the high 24 bits, remaining wraps in the low 40.
     word: AtomicU64,
-    /// Leases taken so far, for their doubling size.
-    taken: AtomicU64,
+    /// Leases taken so far, for their doubling size, in the low 8 bits; above them, the wraps that the store had
+    /// granted to everybody when it was last heard. In one word: what a version is made of lies in few cache lines,
+    /// and a batch of many keys waits for each.
+    history: AtomicU64,
 }
+
+const TAKEN_BITS: u32 = 8;
+const TAKEN_MASK: u64 = (1 << TAKEN_BITS) - 1;
 
 fn pack(generation: Generation, count: u64) -> u64 {
     generation.low_24() << COUNT_BITS | count
@@ -53,12 +58,34 @@ impl Lease {
         });
     }
 
+    /// How many wraps there are to take.
+    #[cfg(any(feature = "server", test))]
+    pub(crate) fn left(&self) -> u64 {
+        left(self.word.load(Ordering::Relaxed), os::generation())
+    }
+
+    /// Notes what the store says it has granted of the version.
+    pub(crate) fn note_spent(&self, spent: u64) {
+        let note = |history: u64| Some(spent << TAKEN_BITS | history & TAKEN_MASK);
+        let _ = self.history.fetch_update(Ordering::Relaxed, Ordering::Relaxed, note);
+    }
+
+    /// What was noted last.
+    #[cfg(any(feature = "server", test))]
+    pub(crate) fn spent(&self) -> u64 {
+        self.history.load(Ordering::Relaxed) >> TAKEN_BITS
+    }
+
     /// How many wraps beyond need the next lease should ask for: doubling up to `max`.
     pub(crate) fn next_surplus(&self, max: u64) -> u64 {
         if !os::can_keep_state() {
             return 0;
         }
-        let times = self.taken.fetch_add(1, Ordering::Relaxed).min(u64::from(LEASE_MAX.ilog2()));
+        // Counted as far as it makes a difference.
+        let most = u64::from(LEASE_MAX.ilog2());
+        let count = |history: u64| (history & TAKEN_MASK < most).then_some(history + 1);
+        let counted = self.history.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count);
+        let times = counted.unwrap_or(most) & TAKEN_MASK;
         (LEASE_FIRST << times).min(max)
     }
 }
@@ -74,9 +101,11 @@ mod tests {
     #[test]
     fn a_lease_gives_what_it_has_and_no_more() {
         let lease = Lease::default();
-        assert_eq!(lease.take(5), 0);
+        assert_eq!((lease.left(), lease.take(5)), (0, 0));
         lease.add(7, os::generation());
-        assert_eq!((lease.take(5), lease.take(5), lease.take(5)), (5, 2, 0));
+        assert_eq!(lease.left(), 7);
+        assert_eq!((lease.take(5), lease.left()), (5, 2));
+        assert_eq!((lease.take(5), lease.take(5), lease.left()), (2, 0, 0));
     }
 
     #[test]
@@ -108,5 +137,12 @@ mod tests {
         let sizes: Vec<_> = (0..30).map(|_| lease.next_surplus(LEASE_MAX)).collect();
         assert_eq!(sizes[..3], [LEASE_FIRST, 2 * LEASE_FIRST, 4 * LEASE_FIRST]);
         assert_eq!(sizes[29], LEASE_MAX);
+        // Whatever is noted in between.
+        let lease = Lease::default();
+        for (nth, size) in sizes.into_iter().enumerate() {
+            lease.note_spent((1 << 32) - nth as u64);
+            assert_eq!(lease.next_surplus(LEASE_MAX), size);
+            assert_eq!(lease.spent(), (1 << 32) - nth as u64);
+        }
     }
 }

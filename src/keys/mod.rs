@@ -2,6 +2,7 @@
 //!
 //! Everything here is a fact or a pure rule; nothing reads a store or a clock.
 
+pub(crate) mod access;
 pub(crate) mod alias;
 pub(crate) mod budget;
 pub(crate) mod handle;

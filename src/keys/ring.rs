@@ -165,12 +165,16 @@ impl Ring {
 
 fn set_up(stored: &StoredKey, before: &Ring, tier: Tier) -> Result<Vec<Arc<KeyVersion>>> {
     let scheme = stored.record.scheme;
-    let set_up_one = |version: &super::VersionRecord| match before.versions.get(&version.id) {
-        Some((_, known)) => Ok(Arc::clone(known)),
-        None => {
-            let wrapper = Wrapper::new(tier, scheme, &version.material)?;
-            Ok(Arc::new(KeyVersion { id: version.id, wrapper, lease: Lease::default() }))
-        }
+    let set_up_one = |version: &super::VersionRecord| {
+        let set_up = match before.versions.get(&version.id) {
+            Some((_, known)) => Arc::clone(known),
+            None => {
+                let wrapper = Wrapper::new(tier, scheme, &version.material)?;
+                Arc::new(KeyVersion { id: version.id, wrapper, lease: Lease::default() })
+            }
+        };
+        set_up.lease.note_spent(version.spent);
+        Ok(set_up)
     };
     stored.versions.iter().map(set_up_one).collect()
 }

@@ -8,8 +8,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use super::{Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, grant};
+use super::{ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, grant};
 use crate::{
+    clients::{self, Client, ClientId},
     error::{Error, ErrorKind, Result},
     keys::{
         Alias, KeyId, KeyRecord, KeyVersionId, Origin, StoredKey, VersionRecord, alias::AliasChange,
@@ -30,6 +31,7 @@ struct Contents {
     keys: BTreeMap<KeyId, (KeyRecord, Vec<VersionRecord>)>,
     aliases: BTreeMap<Alias, KeyId>,
     imported: Vec<Material>,
+    clients: BTreeMap<ClientId, Client>,
 }
 
 impl MemoryStore {
@@ -84,7 +86,9 @@ impl KeyStore for MemoryStore {
         };
         let mut keys = contents.keys.values().map(stored).collect::<Result<Vec<_>>>()?;
         keys.sort_by_key(|key| (key.record.created, key.record.id));
-        Ok(StoreImage { changes: contents.changes, keys })
+        let mut clients: Vec<_> = contents.clients.values().cloned().collect();
+        clients.sort_by_key(|client| (client.creation_date, client.client_id));
+        Ok(StoreImage { changes: contents.changes, keys, clients })
     }
 
     fn changes(&self) -> Result<u64> {
@@ -148,6 +152,37 @@ impl KeyStore for MemoryStore {
             Some(key) => contents.aliases.insert(alias.clone(), key),
             None => contents.aliases.remove(alias),
         };
+        contents.changes += 1;
+        Ok(())
+    }
+
+    fn create_client(&self, client: &Client) -> Result<()> {
+        let mut contents = self.lock()?;
+        if contents.clients.contains_key(&client.client_id) {
+            return Err(super::client_known(&client.client_id));
+        }
+        contents.clients.insert(client.client_id, client.clone());
+        contents.changes += 1;
+        Ok(())
+    }
+
+    fn change_client(
+        &self,
+        id: &ClientId,
+        decide: &mut dyn FnMut(&Client) -> Result<ClientChange>,
+    ) -> Result<()> {
+        let mut contents = self.lock()?;
+        let client = contents.clients.get_mut(id).ok_or_else(|| clients::not_found(id))?;
+        match decide(client)? {
+            ClientChange::Keep => return Ok(()),
+            ClientChange::Save(changed) => {
+                assert_eq!(changed.client_id, *id);
+                *client = changed;
+            }
+            ClientChange::Delete => {
+                contents.clients.remove(id);
+            }
+        }
         contents.changes += 1;
         Ok(())
     }

@@ -15,6 +15,7 @@ pub(super) struct Meta {
     pub(super) keys: i64,
     pub(super) aliases: i64,
     pub(super) fingerprints: i64,
+    pub(super) clients: i64,
     /// Keys deleted over the store's life.
     pub(super) deleted: i64,
     /// How many of them had been when leftovers were last erased.
@@ -28,13 +29,14 @@ impl Meta {
             .int(self.keys)
             .int(self.aliases)
             .int(self.fingerprints)
+            .int(self.clients)
             .int(self.deleted)
             .int(self.erased)
     }
 
     pub(super) fn insert(&self, sqlite: &Connection, keys: &StoreKeys, rng: &Rng) -> Outcome<()> {
         sqlite.execute(
-            "INSERT INTO meta VALUES (1, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+            "INSERT INTO meta VALUES (1, ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
             params![
                 &keys.id.0[..],
                 keys.check_value(rng)?,
@@ -42,6 +44,7 @@ impl Meta {
                 self.keys,
                 self.aliases,
                 self.fingerprints,
+                self.clients,
                 self.deleted,
                 self.erased,
                 &keys.mac(&self.fields(&keys.id))[..],
@@ -59,7 +62,7 @@ impl Meta {
         }
     }
 
-    /// Writes the row after a change of keys or aliases.
+    /// Writes the row after a change of keys, aliases or clients.
     pub(super) fn changed(mut self, sqlite: &Connection, keys: &StoreKeys) -> Outcome<()> {
         self.changes = self.changes.wrapping_add(1);
         self.update(sqlite, keys)
@@ -78,11 +81,11 @@ impl Meta {
 
     fn update(self, sqlite: &Connection, keys: &StoreKeys) -> Outcome<()> {
         let mac = keys.mac(&self.fields(&keys.id));
-        let Self { changes, keys, aliases, fingerprints, deleted, erased } = self;
+        let Self { changes, keys, aliases, fingerprints, clients, deleted, erased } = self;
         sqlite.execute(
             "UPDATE meta SET changes = ?1, keys = ?2, aliases = ?3, fingerprints = ?4, \
-             deleted = ?5, erased = ?6, mac = ?7",
-            params![changes, keys, aliases, fingerprints, deleted, erased, &mac[..]],
+             clients = ?5, deleted = ?6, erased = ?7, mac = ?8",
+            params![changes, keys, aliases, fingerprints, clients, deleted, erased, &mac[..]],
         )?;
         Ok(())
     }
@@ -109,8 +112,8 @@ impl StoredMeta {
     pub(super) fn read(sqlite: &Connection) -> Outcome<Self> {
         let row = sqlite
             .query_row(
-                "SELECT store_id, check_value, changes, keys, aliases, fingerprints, deleted, \
-                 erased, mac FROM meta WHERE one = 1",
+                "SELECT store_id, check_value, changes, keys, aliases, fingerprints, \
+                 clients, deleted, erased, mac FROM meta WHERE one = 1",
                 [],
                 |row| {
                     Ok((
@@ -121,10 +124,11 @@ impl StoredMeta {
                             keys: row.get(3)?,
                             aliases: row.get(4)?,
                             fingerprints: row.get(5)?,
-                            deleted: row.get(6)?,
-                            erased: row.get(7)?,
+                            clients: row.get(6)?,
+                            deleted: row.get(7)?,
+                            erased: row.get(8)?,
                         },
-                        row.get(8)?,
+                        row.get(9)?,
                     ))
                 },
             )

@@ -4,6 +4,7 @@
 //! **inside** that transaction with what it holds at that moment. So two engines on one store never act on different
 //! pasts, and never are granted the same wraps.
 
+mod client_rows;
 mod memory;
 mod meta;
 mod place;
@@ -14,6 +15,7 @@ mod seal;
 mod sqlite;
 
 use crate::{
+    clients::{Client, ClientId},
     error::{Error, ErrorKind, Result},
     keys::{Alias, KeyId, KeyRecord, KeyVersionId, StoredKey, VersionRecord, alias::AliasChange},
 };
@@ -27,6 +29,8 @@ pub(crate) struct StoreImage {
     pub(crate) changes: u64,
     /// Sorted by creation date, then id.
     pub(crate) keys: Vec<StoredKey>,
+    /// Sorted by creation date, then id.
+    pub(crate) clients: Vec<Client>,
 }
 
 /// A key to create, with its initial version.
@@ -43,6 +47,16 @@ pub(crate) enum KeyChange {
     /// Writes this record, and adds this version as the primary one if there is one.
     Save(KeyRecord, Option<VersionRecord>),
     /// Removes the key, its versions, their material and its aliases. The fingerprint of imported material stays.
+    Delete,
+}
+
+/// What a transaction does to a client.
+pub(crate) enum ClientChange {
+    /// Nothing.
+    Keep,
+    /// Writes this client in its place.
+    Save(Client),
+    /// Removes the client.
     Delete,
 }
 
@@ -72,7 +86,7 @@ pub(crate) trait KeyStore: Send + Sync {
     /// `StoreCorrupt` if any record was edited, swapped or damaged; `StoreUnavailable`.
     fn load(&self) -> Result<StoreImage>;
 
-    /// A number that is different whenever a key, version, state, rotation or alias is. Leases do not move it.
+    /// A number that is different whenever a key, version, state, rotation, alias or client is. Leases do not move it.
     fn changes(&self) -> Result<u64>;
 
     /// Creates a key.
@@ -97,6 +111,22 @@ pub(crate) trait KeyStore: Send + Sync {
     /// Those of the check.
     fn change_alias(&self, alias: &Alias, change: AliasChange) -> Result<()>;
 
+    /// Creates a client.
+    ///
+    /// # Errors
+    /// `InvalidParameter` if its id is in use.
+    fn create_client(&self, client: &Client) -> Result<()>;
+
+    /// Reads a client and does what `decide` says, in one transaction. The id never changes.
+    ///
+    /// # Errors
+    /// `ClientNotFound`; whatever `decide` returns.
+    fn change_client(
+        &self,
+        client: &ClientId,
+        decide: &mut dyn FnMut(&Client) -> Result<ClientChange>,
+    ) -> Result<()>;
+
     /// Grants wraps of a `Direct` version, durably counted before this returns.
     ///
     /// # Errors
@@ -118,6 +148,11 @@ pub(crate) fn grant(spent: u64, request: LeaseRequest) -> Grant {
     let left = crate::limits::WRAPS_PER_VERSION_MAX.saturating_sub(spent);
     let wraps = left.min(request.need.saturating_add(request.surplus));
     Grant { wraps, spent: spent + wraps }
+}
+
+/// The refusal of a client whose id is in the store already.
+fn client_known(id: &ClientId) -> Error {
+    Error::new(ErrorKind::InvalidParameter, format!("Client {id} exists already."))
 }
 
 /// The refusal of material that was imported before: the budget of a `Direct` version holds only for material that is

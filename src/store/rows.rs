@@ -1,7 +1,8 @@
-//! The rows of the tables: reading with verification, writing with MAC or seal.
+//! The rows of keys and of what hangs on them: reading with verification, writing with MAC or seal.
 //!
 //! A MAC covers the columns as SQLite returned them, before anything is parsed, so an edit that would parse to the
-//! same value is refused, too. Transactions and connections are `sqlite.rs`, the store's own row is `meta.rs`.
+//! same value is refused, too. Transactions and connections are `sqlite.rs`, the store's own row is `meta.rs`,
+//! clients are `client_rows.rs`.
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -468,7 +469,7 @@ pub(super) fn count(sqlite: &Connection, table: &str) -> Outcome<i64> {
 }
 
 /// An id from a row that may hold anything, cut to what fits a message.
-fn printable(id: &str) -> String {
+pub(super) fn printable(id: &str) -> String {
     format!("{:?}", crate::error::Shortened(id))
 }
 

@@ -10,6 +10,7 @@
 //! | `budgets` | key version: wraps granted | MAC |
 //! | `aliases` | alias | MAC |
 //! | `fingerprints` | material that was ever imported | MAC |
+//! | `clients` | client of the server, public key included | MAC |
 //!
 //! Whoever can write the file could plant triggers and views that run inside our statements, so the connection runs
 //! with neither, and a file whose schema is not letter for letter ours is refused.
@@ -39,13 +40,13 @@ const BUSY_PAUSE: Duration = Duration::from_millis(2);
 const BUSY_TRIES: i32 = 5000;
 
 /// The statements that make the tables, as SQLite keeps them in its schema.
-pub(super) const TABLES: [(&str, &str); 6] = [
+pub(super) const TABLES: [(&str, &str); 7] = [
     (
         "meta",
         "CREATE TABLE meta (one INTEGER PRIMARY KEY CHECK (one = 1), store_id BLOB NOT NULL, \
          check_value BLOB NOT NULL, changes INTEGER NOT NULL, keys INTEGER NOT NULL, \
-         aliases INTEGER NOT NULL, fingerprints INTEGER NOT NULL, deleted INTEGER NOT NULL, \
-         erased INTEGER NOT NULL, mac BLOB NOT NULL) STRICT",
+         aliases INTEGER NOT NULL, fingerprints INTEGER NOT NULL, clients INTEGER NOT NULL, \
+         deleted INTEGER NOT NULL, erased INTEGER NOT NULL, mac BLOB NOT NULL) STRICT",
     ),
     (
         "keys",
@@ -74,6 +75,12 @@ pub(super) const TABLES: [(&str, &str); 6] = [
         "fingerprints",
         "CREATE TABLE fingerprints (fingerprint BLOB NOT NULL PRIMARY KEY, \
          mac BLOB NOT NULL) STRICT",
+    ),
+    (
+        "clients",
+        "CREATE TABLE clients (id TEXT NOT NULL PRIMARY KEY, name TEXT NOT NULL, \
+         created INTEGER NOT NULL, state TEXT NOT NULL, permissions TEXT NOT NULL, \
+         key_patterns TEXT NOT NULL, public_key BLOB NOT NULL, mac BLOB NOT NULL) STRICT",
     ),
 ];
 

@@ -47,7 +47,7 @@ use crate::{
 };
 
 /// The format of records and tables. A store of another format is refused.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 /// Bytes of a row MAC and of a fingerprint.
 pub(super) const MAC_LEN: usize = 32;
 /// Bytes that sealing adds: nonce and tag.

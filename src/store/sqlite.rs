@@ -1,6 +1,7 @@
 //! The embedded store: one SQLite file that several processes may use at once.
 //!
-//! Connections, transactions and forks; rows are `rows.rs`, tables and settings `schema.rs`, cryptography `seal.rs`.
+//! Connections, transactions and forks; rows are `rows.rs` and `client_rows.rs`, tables and settings `schema.rs`,
+//! cryptography `seal.rs`.
 //!
 //! # Forks
 //! SQLite must never be carried across a fork: POSIX file locks are not inherited, its process-wide table of open
@@ -27,7 +28,7 @@ use std::{
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::{
-    Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage,
+    ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, client_rows,
     meta::{Meta, StoredMeta, Verdict},
     place::{COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
@@ -36,6 +37,7 @@ use super::{
     seal::{StoreId, StoreKeys},
 };
 use crate::{
+    clients::{self, Client, ClientId},
     cpu::Tier,
     error::{Error, ErrorKind, Result},
     keys::{Alias, KeyId, KeyRecord, KeyVersionId, Origin, StoredKey, alias::AliasChange},
@@ -218,7 +220,7 @@ impl Inner {
     }
 
     /// Erases what deleted keys left in the file, if that is owed. The deletion itself is done, so a failure is no
-    /// error: it is tried again after every change of keys or aliases, and when the store is opened.
+    /// error: it is tried again after every change of keys, aliases or clients, and when the store is opened.
     fn erase(&self, open: &mut Open) {
         if !self.erasure_owed.load(Ordering::Relaxed) {
             return;
@@ -341,6 +343,44 @@ impl KeyStore for SqliteStore {
         })
     }
 
+    fn create_client(&self, client: &Client) -> Result<()> {
+        self.write(|sqlite, inner| {
+            let keys = &inner.keys;
+            let mut meta = Meta::read(sqlite, keys)?;
+            if client_rows::read_client(sqlite, keys, &client.client_id)?.is_some() {
+                return Err(super::client_known(&client.client_id).into());
+            }
+            client_rows::insert_client(sqlite, keys, client)?;
+            meta.clients += 1;
+            meta.changed(sqlite, keys)
+        })
+    }
+
+    fn change_client(
+        &self,
+        id: &ClientId,
+        decide: &mut dyn FnMut(&Client) -> Result<ClientChange>,
+    ) -> Result<()> {
+        self.write(|sqlite, inner| {
+            let keys = &inner.keys;
+            let mut meta = Meta::read(sqlite, keys)?;
+            let client = client_rows::read_client(sqlite, keys, id)?
+                .ok_or_else(|| clients::not_found(id))?;
+            match decide(&client)? {
+                ClientChange::Keep => return Ok(()),
+                ClientChange::Save(changed) => {
+                    assert_eq!(changed.client_id, *id);
+                    client_rows::update_client(sqlite, keys, &changed)?;
+                }
+                ClientChange::Delete => {
+                    client_rows::delete_client(sqlite, id)?;
+                    meta.clients -= 1;
+                }
+            }
+            meta.changed(sqlite, keys)
+        })
+    }
+
     fn lease(&self, version: &KeyVersionId, request: LeaseRequest) -> Result<Grant> {
         self.count(|sqlite, inner| rows::lease(sqlite, &inner.keys, version, request))
     }
@@ -384,12 +424,14 @@ fn load(sqlite: &Connection, keys: &StoreKeys) -> Outcome<StoreImage> {
             .map_err(|_| corrupt("aliases", &alias))?;
         stored[at].aliases.push(alias);
     }
+    let mut clients = client_rows::read_clients(sqlite, keys)?;
     // Rows that nothing asked for, or that are gone without a trace.
     let version_count = stored.iter().map(|key| key.versions.len()).sum::<usize>();
     for (table, found, expected) in [
         ("keys", as_count(stored.len()), meta.keys),
         ("aliases", as_count(alias_count), meta.aliases),
         ("fingerprints", rows::check_fingerprints(sqlite, keys)?, meta.fingerprints),
+        ("clients", as_count(clients.len()), meta.clients),
         ("versions", rows::count(sqlite, "versions")?, as_count(version_count)),
         ("budgets", rows::count(sqlite, "budgets")?, as_count(version_count)),
     ] {
@@ -399,7 +441,8 @@ fn load(sqlite: &Connection, keys: &StoreKeys) -> Outcome<StoreImage> {
         }
     }
     stored.sort_by_key(|key| (key.record.created, key.record.id));
-    Ok(StoreImage { changes: meta.changes.cast_unsigned(), keys: stored })
+    clients.sort_by_key(|client| (client.creation_date, client.client_id));
+    Ok(StoreImage { changes: meta.changes.cast_unsigned(), keys: stored, clients })
 }
 
 fn as_count(len: usize) -> i64 {

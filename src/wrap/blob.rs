@@ -1,4 +1,4 @@
-//! Layouts of `CiphertextBlob`: the only file that knows them. `n` is NumberOfBytes.
+//! Layouts of `CiphertextBlob`: the only file that knows them. `n` is NumberOfBytes, or the length of a caller's text.
 //!
 //! ```text
 //! raw                Direct    ct[n] tag[16]                                                  n + 16
@@ -7,8 +7,8 @@
 //!                    Derived   24 00 02 | KeyVersionId[36] | Iv[12] | salt[12] ct[n] tag[16]  n + 79
 //! ```
 //!
-//! `GenerateDataKey` returns raw blobs with the IV beside them, `AdvanceGenerateDataKey` self-describing ones. The head
-//! is the KMS's: `$`, cipher version and padding mode, algorithm 2 = AES_GCM. The scheme is the key version's.
+//! `GenerateDataKey` and `Encrypt` return raw blobs with the IV beside them, their Advance forms self-describing ones.
+//! The head is the KMS's: `$`, cipher version and padding mode, algorithm 2 = AES_GCM. The scheme is the key version's.
 //! What the bytes of a KeyVersionId mean is left to the caller: `keys` uses this room, not the other way round.
 
 use std::ops::Range;
@@ -33,7 +33,7 @@ pub(crate) enum Form {
 pub(crate) struct Layout {
     pub(crate) form: Form,
     pub(crate) scheme: Scheme,
-    /// Bytes of the wrapped data key.
+    /// Bytes of the wrapped data key, or of the encrypted text.
     pub(crate) dek_len: usize,
 }
 

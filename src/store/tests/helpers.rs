@@ -8,10 +8,12 @@ use std::{
 };
 
 use crate::{
+    clients::{Client, ClientId, KeyPattern, Permissions},
     cpu::Tier,
     error::{Error, ErrorKind, Result},
     keys::{
         Alias, KeyId, KeyRecord, KeySpec, KeyState, KeyVersionId, Origin, StoredKey, VersionRecord,
+        system_time,
     },
     rng::Rng,
     secret::Material,
@@ -103,6 +105,18 @@ pub(super) fn direct() -> NewKey {
     new_key(KeySpec::Aes256, Origin::Generated, None)
 }
 
+pub(super) fn new_client(name: &str) -> Client {
+    Client {
+        client_id: ClientId::generate(&rng()).unwrap(),
+        name: name.to_owned(),
+        creation_date: system_time(1_000),
+        enabled: true,
+        permissions: Permissions::parse("generate,decrypt").unwrap(),
+        key_patterns: ["alias/*", "key-?"].map(|text| KeyPattern::parse(text).unwrap()).into(),
+        public_key: (0..=u8::MAX).collect(),
+    }
+}
+
 /// A store's contents in a form that can be compared and printed in tests.
 pub(super) fn contents(store: &dyn KeyStore) -> Vec<String> {
     let version = |version: &VersionRecord| {
@@ -113,7 +127,9 @@ pub(super) fn contents(store: &dyn KeyStore) -> Vec<String> {
         let versions: Vec<_> = key.versions.iter().map(version).collect();
         format!("{:?} {versions:?} {:?}", key.record, key.aliases)
     };
-    store.load().unwrap().keys.iter().map(key).collect()
+    let image = store.load().unwrap();
+    let clients = image.clients.iter().map(|client| format!("{client:?}"));
+    image.keys.iter().map(key).chain(clients).collect()
 }
 
 pub(super) fn kind<T>(result: Result<T>) -> ErrorKind {

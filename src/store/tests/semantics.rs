@@ -2,11 +2,16 @@
 
 use super::helpers::*;
 use crate::{
+    clients::{Client, ClientId, KeyPattern, Permissions},
     error::{Error, ErrorKind},
-    keys::{Alias, KeyId, KeySpec, KeyState, Origin, RotationPeriod, alias::AliasChange},
+    keys::{
+        Alias, KeyId, KeySpec, KeyState, Origin, RotationPeriod, alias::AliasChange, system_time,
+    },
     limits::WRAPS_PER_VERSION_MAX,
     secret::Material,
-    store::{Grant, KeyChange, KeyStore, LeaseRequest, MemoryStore, RootKey, SqliteStore},
+    store::{
+        ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, MemoryStore, RootKey, SqliteStore,
+    },
 };
 
 fn battery(store: &dyn KeyStore) {
@@ -15,6 +20,7 @@ fn battery(store: &dyn KeyStore) {
     changes_of_a_key(store);
     budgets(store);
     imports(store);
+    clients(store);
     counter(store);
 }
 
@@ -152,6 +158,47 @@ fn imports(store: &dyn KeyStore) {
     assert_eq!(kind(store.create(&twin())), ErrorKind::InvalidKeyMaterial, "kept after deletion");
 }
 
+fn clients(store: &dyn KeyStore) {
+    assert!(store.load().unwrap().clients.is_empty());
+    let (mut one, mut two) = (new_client("one"), new_client("zwei é"));
+    (one.creation_date, two.creation_date) = (system_time(2_000), system_time(1_000));
+    store.create_client(&one).unwrap();
+    store.create_client(&two).unwrap();
+    assert_eq!(store.load().unwrap().clients, [two.clone(), one.clone()]);
+    let before = contents(store);
+    let absent = ClientId::generate(&rng()).unwrap();
+    let change = |id: &ClientId, change: ClientChange| {
+        let mut change = Some(change);
+        store.change_client(id, &mut |_| Ok(change.take().unwrap()))
+    };
+    assert_eq!(kind(store.create_client(&one)), ErrorKind::InvalidParameter);
+    assert_eq!(
+        kind(store.change_client(&absent, &mut |_| unreachable!())),
+        ErrorKind::ClientNotFound
+    );
+    let refuse = &mut |_: &_| Err(Error::plain(ErrorKind::Disabled));
+    assert_eq!(kind(store.change_client(&one.client_id, refuse)), ErrorKind::Disabled);
+    change(&one.client_id, ClientChange::Keep).unwrap();
+    assert_eq!(contents(store), before, "a refused call changes nothing");
+
+    let mut changed = one.clone();
+    changed.name = "other".to_owned();
+    changed.enabled = false;
+    changed.permissions = Permissions::all();
+    changed.key_patterns = vec![KeyPattern::parse("*").unwrap()];
+    store
+        .change_client(&one.client_id, &mut |client| {
+            assert_eq!(*client, one);
+            Ok(ClientChange::Save(changed.clone()))
+        })
+        .unwrap();
+    assert_eq!(store.load().unwrap().clients, [two.clone(), changed]);
+    change(&two.client_id, ClientChange::Delete).unwrap();
+    assert_eq!(kind(change(&two.client_id, ClientChange::Keep)), ErrorKind::ClientNotFound);
+    store.create_client(&two).unwrap();
+    assert_eq!(store.load().unwrap().clients.len(), 2);
+}
+
 fn counter(store: &dyn KeyStore) {
     let key = direct();
     let (id, version) = (key.record.id, key.version.id);
@@ -188,6 +235,20 @@ fn counter(store: &dyn KeyStore) {
     moved("alias delete", true);
     store.change(&id, &mut |_| Ok(KeyChange::Delete)).unwrap();
     moved("delete", true);
+    let client = new_client("counted");
+    let change = |change: fn(&Client) -> ClientChange| {
+        store.change_client(&client.client_id, &mut |client| Ok(change(client))).unwrap();
+    };
+    store.create_client(&client).unwrap();
+    moved("client create", true);
+    let _ = store.create_client(&client);
+    moved("client refused", false);
+    change(|_| ClientChange::Keep);
+    moved("client keep", false);
+    change(|client| ClientChange::Save(client.clone()));
+    moved("client save", true);
+    change(|_| ClientChange::Delete);
+    moved("client delete", true);
 }
 
 #[test]

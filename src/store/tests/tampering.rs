@@ -9,7 +9,7 @@ use super::helpers::*;
 use crate::{
     error::ErrorKind,
     keys::{Alias, KeySpec, KeyState, Origin, RotationPeriod, alias::AliasChange},
-    store::{KeyChange, KeyStore, LeaseRequest, SqliteStore, schema::TABLES},
+    store::{ClientChange, KeyChange, KeyStore, LeaseRequest, SqliteStore, schema::TABLES},
 };
 
 /// A store with rows of every kind, two versions, and optional columns both set and empty.
@@ -30,6 +30,10 @@ fn rich() -> (Scratch, SqliteStore) {
     };
     store.change(&id, add).unwrap();
     lease(&store, &one.version.id, 9);
+    store.create_client(&new_client("one")).unwrap();
+    let mut two = new_client("two");
+    two.enabled = false;
+    store.create_client(&two).unwrap();
     (scratch, store)
 }
 
@@ -171,6 +175,22 @@ fn edited_rows_are_refused_by_the_calls_that_use_them() {
         "UPDATE meta SET changes = changes - 1",
         &|| kind(store.create(&direct())),
     );
+    let client = image.clients[0].client_id;
+    for edit in ["permissions = 'all'", "state = 'Enabled', name = name || 'x'"] {
+        let image = store.load().unwrap();
+        refused(
+            &format!("UPDATE clients SET {edit}"),
+            "UPDATE clients SET permissions = 'generate,decrypt', name = rtrim(name, 'x'), \
+             state = iif(name LIKE 'two%', 'Disabled', 'Enabled')",
+            &|| kind(store.change_client(&client, &mut |_| unreachable!())),
+        );
+        assert_eq!(store.load().unwrap().clients, image.clients);
+    }
+    refused(
+        "UPDATE meta SET clients = clients + 1",
+        "UPDATE meta SET clients = clients - 1",
+        &|| kind(store.change_client(&client, &mut |_| Ok(ClientChange::Delete))),
+    );
     lease(&store, &version, 1);
     raw.execute("DELETE FROM budgets", []).unwrap();
     assert_eq!(kind(store.lease(&version, request)), ErrorKind::StoreCorrupt);
@@ -223,6 +243,15 @@ fn swapped_and_removed_rows_are_refused() {
         swap("keys", &["mac"], 1, 2),
         swap("keys", &["state", "deletion_due", "rotation", "version_count", "mac"], 1, 2),
         swap("fingerprints", &["mac"], 1, 2),
+        swap("clients", &["mac"], 1, 2),
+        swap("clients", &["state"], 1, 2),
+        swap("clients", &["name", "created", "state", "permissions", "mac"], 1, 2),
+        "UPDATE clients SET public_key = x'00' WHERE rowid = 1".to_owned(),
+        "UPDATE clients SET key_patterns = '*' WHERE rowid = 1".to_owned(),
+        "DELETE FROM clients WHERE rowid = 2".to_owned(),
+        "INSERT INTO clients SELECT id || 'x', name, created, state, permissions, key_patterns, \
+         public_key, mac FROM clients LIMIT 1"
+            .to_owned(),
         // Ordinals of one key, by way of a third.
         "UPDATE versions SET ordinal = 9 WHERE rowid = 4; \
          UPDATE versions SET ordinal = 1 WHERE rowid = 1; \
@@ -285,7 +314,8 @@ fn a_schema_that_is_not_ours_is_refused() {
         "CREATE TABLE extra (a)",
         "DROP TABLE fingerprints",
         "PRAGMA application_id = 7",
-        "PRAGMA user_version = 2",
+        "PRAGMA user_version = 1",
+        "PRAGMA user_version = 3",
     ] {
         let (scratch, store) = Scratch::new();
         drop(store);
