@@ -57,6 +57,7 @@
 //! | `cli` | yes | the `keymill` program and the crates it needs |
 //! | `arrow` | yes | `--format arrow` of the program: Arrow IPC streams |
 //! | `bench` | yes | `keymill bench`, and the libraries that it compares with |
+//! | `server` | yes | [`server`]: the KMS's wire protocol on HTTP, and with `cli` the commands `serve` and `client` |
 //! | `deterministic` | no | `Engine::deterministic`: an in-memory engine whose every byte follows from a seed |
 //!
 //! `default-features = false` is the bare library. The kernels are those of the best [`Tier`] that the CPU has; the
@@ -80,6 +81,8 @@ mod request;
 mod request_id;
 mod rng;
 mod secret;
+#[cfg(feature = "server")]
+pub mod server;
 mod store;
 mod wrap;
 

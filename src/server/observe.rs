@@ -1,0 +1,70 @@
+//! The listener for those who watch the server: `/healthz`, `/readyz` and `/metrics`, on an address of its own, without
+//! TLS and without a client's key. Nothing secret is told here.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{Method, Request, Response, body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::{connection::plain, service::Service};
+
+const TEXT: &str = "text/plain; charset=utf-8";
+/// Prometheus's text format.
+const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+/// Time for a head to arrive, and for a connection in all.
+const HEAD_TIME: Duration = Duration::from_secs(10);
+const CONNECTION_TIME: Duration = Duration::from_secs(120);
+/// Connections at once.
+const CONNECTIONS_MAX: usize = 64;
+
+/// Serves until it is dropped.
+pub(super) async fn serve(service: Arc<Service>, listener: TcpListener) {
+    let places = Arc::new(tokio::sync::Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let place = Arc::clone(&places).acquire_owned().await;
+        let place = place.expect("nobody closes it");
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let service = Arc::clone(&service);
+        tokio::spawn(async move {
+            let _place = place;
+            let _ = tokio::time::timeout(CONNECTION_TIME, connection(service, stream)).await;
+        });
+    }
+}
+
+async fn connection(service: Arc<Service>, stream: TcpStream) {
+    let answer = |request: Request<Incoming>| {
+        let service = Arc::clone(&service);
+        async move { Ok::<_, Infallible>(answer(service, &request).await) }
+    };
+    let _ = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME)
+        .serve_connection(TokioIo::new(stream), service_fn(answer))
+        .await;
+}
+
+async fn answer(service: Arc<Service>, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        return plain(405, TEXT, Bytes::from_static(b"GET only\n"));
+    }
+    match request.uri().path() {
+        "/healthz" => plain(200, TEXT, Bytes::from_static(b"ok\n")),
+        "/readyz" => {
+            // The store may be slow to answer.
+            let ready = tokio::task::spawn_blocking(move || service.readiness()).await;
+            match ready.unwrap_or(Err("a panic was caught")) {
+                Ok(()) => plain(200, TEXT, Bytes::from_static(b"ready\n")),
+                Err(why) => plain(503, TEXT, Bytes::from(format!("not ready: {why}\n"))),
+            }
+        }
+        "/metrics" => plain(200, METRICS, Bytes::from(service.metrics_text())),
+        _ => plain(404, TEXT, Bytes::from_static(b"try /healthz, /readyz or /metrics\n")),
+    }
+}

@@ -1,0 +1,518 @@
+//! From a request to its answer: head, signature, body, operation, response, and what is written down about it.
+//!
+//! Knows nothing of sockets: tests and fuzz targets call it with heads and bodies of their own.
+
+use std::{
+    future::Future,
+    net::SocketAddr,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use aws_lc_rs::digest;
+use bytes::{Bytes, BytesMut};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::{
+    Request, Response, StatusCode,
+    body::Body,
+    header::{ALLOW, CONTENT_TYPE, HeaderValue, RETRY_AFTER},
+    http::request::Parts,
+};
+
+use tokio::sync::watch;
+
+use super::{
+    ServerConfig,
+    admission::{Admission, Held},
+    api::Api,
+    audit::{self, Audit, Record, Slot},
+    auth::Signers,
+    encode,
+    head::{Claims, Head, MEDIA_TYPE, VERSION_HEADER, body_hash_refused},
+    metrics::{Metrics, Now, OK},
+    refusal::Refusal,
+    work::{Done, Work},
+};
+use crate::{
+    clients::Client,
+    engine::Engine,
+    error::{Error, ErrorKind},
+    limits::{SERVER_LIGHT_BODY_LEN_MAX, SERVER_TRANSFER_BYTES_PER_SECOND, SERVER_TRANSFER_TIME},
+    request_id::RequestId,
+};
+
+/// The KMS on an engine, without a listener. One for a server, or for a test.
+pub struct Service {
+    engine: Engine,
+    signers: Signers,
+    batch_body_max: usize,
+    /// Requests that go on without their connections, until they are written down.
+    elsewhere: watch::Sender<usize>,
+    pub(super) admission: Admission,
+    pub(super) metrics: Metrics,
+    pub(super) audit: Audit,
+}
+
+/// What a connection is told of its requests.
+pub(super) trait Watch {
+    /// A request with a good signature came.
+    fn authenticated(&self) {}
+}
+
+/// Nobody.
+struct Unwatched;
+
+impl Watch for Unwatched {}
+
+/// An authenticated request.
+struct Call {
+    head: Head,
+    client: Arc<Client>,
+    /// Its body.
+    _held: Held,
+}
+
+/// How far a request has come.
+enum Progress {
+    Done(Done),
+    Elsewhere(Job),
+}
+
+/// Work for a thread that may wait.
+struct Job {
+    call: Call,
+    body: Asked,
+}
+
+/// A body, read or not.
+enum Asked {
+    Read(Work),
+    Unread(Bytes),
+}
+
+/// Counts a request that goes on without its connection.
+struct Elsewhere(Arc<Service>);
+
+impl Elsewhere {
+    fn begin(service: &Arc<Service>) -> Self {
+        service.elsewhere.send_modify(|count| *count += 1);
+        Self(Arc::clone(service))
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        self.0.elsewhere.send_modify(|count| *count -= 1);
+    }
+}
+
+/// What the records tell of a request beside its result.
+struct Facts {
+    remote: SocketAddr,
+    start: Instant,
+    /// Whose request it was, once that is known.
+    client: Option<Arc<Client>>,
+    /// The place of its record, once there is one.
+    slot: Option<Slot>,
+}
+
+impl Service {
+    /// A service on `engine`.
+    ///
+    /// # Errors
+    /// Of the audit log, if its file cannot be opened.
+    pub fn new(engine: Engine, config: &ServerConfig) -> std::io::Result<Self> {
+        let audit = match &config.audit {
+            Some(audit) => Audit::open(audit)?,
+            None => Audit::none(),
+        };
+        Ok(Self {
+            signers: Signers::new(&engine),
+            engine,
+            batch_body_max: config.batch_body_max,
+            elsewhere: watch::Sender::new(0),
+            admission: Admission::new(config.keys_in_progress_max, config.keys_per_second),
+            metrics: Metrics::new(),
+            audit,
+        })
+    }
+
+    /// Answers a request. Needs a tokio runtime, whose blocking threads do long work.
+    pub async fn answer<B>(self: &Arc<Self>, request: Request<B>) -> Response<Bytes>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+        self.answer_from(request, nowhere, &Unwatched).await
+    }
+
+    /// Answers a request from `remote`.
+    pub(super) async fn answer_from<B>(
+        self: &Arc<Self>,
+        request: Request<B>,
+        remote: SocketAddr,
+        watcher: &impl Watch,
+    ) -> Response<Bytes>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let start = Instant::now();
+        let (parts, body) = request.into_parts();
+        let mut facts = Facts { client: None, slot: None, remote, start };
+        let work = self.perform(&parts, body, watcher, &mut facts);
+        match catch_panic(work).await {
+            Some(Ok(Progress::Done(done))) => self.finish(&parts, facts, Ok(done)).await,
+            Some(Ok(Progress::Elsewhere(job))) => self.finish_elsewhere(parts, facts, job).await,
+            Some(Err(refusal)) => self.finish(&parts, facts, Err(refusal)).await,
+            None => self.finish(&parts, facts, self.panicked()).await,
+        }
+    }
+
+    /// Does what a request asks for, or finds that this is for another thread. `facts` holds what is known of the
+    /// request, also if it is refused later.
+    async fn perform<B>(
+        self: &Arc<Self>,
+        parts: &Parts,
+        body: B,
+        watcher: &impl Watch,
+        facts: &mut Facts,
+    ) -> Result<Progress, Refusal>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        // Before the signature, whose check is most of a request's cost.
+        self.admission.look()?;
+        let head = Head::read(parts, SystemTime::now(), self.batch_body_max)?;
+        let signer = self.signers.verify(&self.engine, &head)?;
+        watcher.authenticated();
+        facts.client = Some(Arc::clone(&signer));
+        let api = head.api;
+        if !signer.permissions.contains(api.permission()) {
+            return Err(Refusal::operation(api.as_str()));
+        }
+        let mut held = self.admission.hold();
+        let body = read_body(body, api.body_max(self.batch_body_max), &mut held).await?;
+        // Not before: whoever sends many bodies slowly would hold places that others need.
+        facts.slot = Some(self.audit.reserve()?);
+        let call = Call { head, client: signer, _held: held };
+        if !api.is_batch() && body.len() <= SERVER_LIGHT_BODY_LEN_MAX {
+            let work = call.decode(body)?;
+            if work.is_at_hand(&self.engine) {
+                return self.run(&call, work).map(Progress::Done);
+            }
+            return Ok(Progress::Elsewhere(Job { call, body: Asked::Read(work) }));
+        }
+        Ok(Progress::Elsewhere(Job { call, body: Asked::Unread(body) }))
+    }
+
+    /// Works on a thread that may wait. Goes on to its end, and to its record, also if the client goes away meanwhile.
+    async fn finish_elsewhere(
+        self: &Arc<Self>,
+        parts: Parts,
+        facts: Facts,
+        job: Job,
+    ) -> Response<Bytes> {
+        let service = Arc::clone(self);
+        let elsewhere = Elsewhere::begin(self);
+        let finished = tokio::spawn(async move {
+            let _elsewhere = elsewhere;
+            let worker = Arc::clone(&service);
+            let run = move || {
+                let Job { call, body } = job;
+                let work = match body {
+                    Asked::Read(work) => work,
+                    Asked::Unread(body) => call.decode(body)?,
+                };
+                worker.run(&call, work)
+            };
+            let result = tokio::task::spawn_blocking(run).await;
+            let result = result.unwrap_or_else(|_| service.panicked());
+            service.finish(&parts, facts, result).await
+        });
+        match finished.await {
+            Ok(response) => response,
+            Err(_) => self.respond(None, self.panicked(), self.new_request_id()),
+        }
+    }
+
+    /// Lets the work in and does it.
+    fn run(&self, call: &Call, work: Work) -> Result<Done, Refusal> {
+        let _admitted = self.admission.take(work.keys())?;
+        work.run(&self.engine, &call.client, call.head.version.as_deref())
+    }
+
+    /// A panic is a refusal: the next request finds everything as before, since the engine keeps its own state whole.
+    fn panicked(&self) -> Result<Done, Refusal> {
+        self.metrics.panics.inc();
+        tracing::error!("a panic was caught; please report it");
+        Err(Refusal::internal())
+    }
+
+    /// Writes down what became of a request, and makes its response.
+    async fn finish(
+        &self,
+        parts: &Parts,
+        facts: Facts,
+        mut result: Result<Done, Refusal>,
+    ) -> Response<Bytes> {
+        let Facts { client, slot, remote, start } = facts;
+        // A client that is known is recorded whatever became of its request, as long as there is room.
+        let slot = slot.or_else(|| self.audit.reserve().ok().filter(|_| client.is_some()));
+        let claims = Claims::of(parts);
+        let request_id = match &result {
+            Ok(done) => done.request_id,
+            Err(refusal) => refusal.request_id.unwrap_or_else(|| self.new_request_id()),
+        };
+        if !self.audit.is_off() {
+            let authenticated = client.as_ref().map(|client| client.client_id.as_str());
+            let record = |skipped| {
+                record(&claims, authenticated, remote, request_id, &result, start, skipped)
+            };
+            match slot {
+                Some(slot) => {
+                    if !slot.fill(record(None)).wait().await {
+                        // Whoever answers after the record is on disk answers nothing that has none.
+                        result = Err(Refusal::unavailable());
+                    }
+                }
+                None => {
+                    if !self.audit.record_refusal(record) {
+                        self.metrics.audit_skipped.inc();
+                    }
+                }
+            }
+        }
+        self.count(claims.api, &result, start.elapsed());
+        log_refusal(&claims, &result, remote, request_id);
+        self.respond(claims.api, result, request_id)
+    }
+
+    fn count(&self, api: Option<Api>, result: &Result<Done, Refusal>, took: Duration) {
+        match result {
+            Ok(done) => {
+                self.metrics.count(api, OK, took);
+                for (code, count) in &done.tally.codes {
+                    if let Some(api) = api {
+                        self.metrics.count_items(api, code, *count);
+                    }
+                }
+            }
+            Err(refusal) => self.metrics.count(api, refusal.code, took),
+        }
+    }
+
+    fn respond(
+        &self,
+        api: Option<Api>,
+        result: Result<Done, Refusal>,
+        request_id: RequestId,
+    ) -> Response<Bytes> {
+        let media_type = HeaderValue::from_static(MEDIA_TYPE);
+        let mut response = match result {
+            Ok(done) => {
+                let mut response = Response::new(done.body);
+                let version = done.version.filter(|_| api.is_some_and(Api::names_version));
+                if let Some(version) = version {
+                    let value = HeaderValue::from_str(version.as_str()).expect("plain ASCII");
+                    response.headers_mut().insert(VERSION_HEADER, value);
+                }
+                response
+            }
+            Err(refusal) => {
+                let mut text = RequestId::TEXT;
+                let body = encode::body(&refusal.fields(request_id.encode(&mut text)));
+                let mut response = Response::new(body);
+                let status = StatusCode::from_u16(refusal.status).expect("one of ours");
+                *response.status_mut() = status;
+                let headers = response.headers_mut();
+                match status {
+                    StatusCode::METHOD_NOT_ALLOWED => {
+                        headers.insert(ALLOW, HeaderValue::from_static("POST"));
+                    }
+                    StatusCode::TOO_MANY_REQUESTS => {
+                        headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+                    }
+                    _ => {}
+                }
+                response
+            }
+        };
+        response.headers_mut().insert(CONTENT_TYPE, media_type);
+        response
+    }
+
+    fn new_request_id(&self) -> RequestId {
+        self.engine.request_id().unwrap_or(RequestId::NIL)
+    }
+
+    /// Waits until all that goes on without a connection has ended and is written down.
+    pub(super) async fn quiet(&self) {
+        // The sender lives as long as `self`.
+        drop(self.elsewhere.subscribe().wait_for(|count| *count == 0).await);
+    }
+
+    /// Whether the service answers key operations, and why not.
+    pub(super) fn readiness(&self) -> Result<(), &'static str> {
+        if self.admission.is_draining() {
+            return Err("draining");
+        }
+        if self.audit.is_failing() {
+            return Err("the audit log cannot be written");
+        }
+        self.engine.check_store().map_err(|_| "the key store cannot be read")
+    }
+
+    /// Every metric, in Prometheus's text format.
+    pub(super) fn metrics_text(&self) -> Vec<u8> {
+        self.metrics.text(&Now {
+            engine: &self.engine,
+            keys_in_progress: self.admission.in_progress(),
+            audit_failing: self.audit.is_failing(),
+            draining: self.admission.is_draining(),
+        })
+    }
+}
+
+impl Call {
+    /// Reads the body, once it is the one that was signed.
+    fn decode(&self, body: Bytes) -> Result<Work, Refusal> {
+        // Compared as public values: the hash stands in the head.
+        if digest::digest(&digest::SHA256, &body).as_ref() != self.head.body_hash {
+            return Err(body_hash_refused());
+        }
+        Work::decode(self.head.api, body)
+    }
+}
+
+/// Most bytes for which memory is there before they are.
+const RESERVED_LEN_MAX: usize = 1 << 20;
+
+/// Reads a body of at most `max` bytes in the time that its length has.
+async fn read_body<B>(body: B, max: usize, held: &mut Held) -> Result<Bytes, Refusal>
+where
+    B: Body<Data = Bytes>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let deadline = Instant::now() + SERVER_TRANSFER_TIME;
+    let told = body.size_hint().lower();
+    let mut body = pin!(Limited::new(body, max));
+    let (mut first, mut rest) = (Bytes::new(), BytesMut::new());
+    let mut len = 0;
+    loop {
+        let more = Duration::from_secs((len / SERVER_TRANSFER_BYTES_PER_SECOND) as u64);
+        let deadline = tokio::time::Instant::from_std(deadline + more);
+        let frame = match poll_now_or(body.frame(), deadline).await {
+            Ok(Some(Ok(frame))) => frame,
+            Ok(None) => break,
+            Ok(Some(Err(error))) if error.is::<LengthLimitError>() => {
+                return Err(Refusal::too_large(max));
+            }
+            // The client has gone, or its framing is wrong. Nobody reads the answer.
+            Ok(Some(Err(_))) => return Err(Refusal::parameter("The body is incomplete.")),
+            Err(_) => return Err(Refusal::timeout()),
+        };
+        let Ok(data) = frame.into_data() else { continue };
+        len += data.len();
+        held.add(data.len());
+        held.check()?;
+        // Most bodies are one piece, and stay where they are.
+        if first.is_empty() {
+            first = data;
+            continue;
+        }
+        if rest.is_empty() {
+            // A length is only told, so not all of a long one is reserved.
+            rest.reserve(usize::try_from(told).unwrap_or(max).min(RESERVED_LEN_MAX));
+            rest.extend_from_slice(&first);
+        }
+        rest.extend_from_slice(&data);
+    }
+    Ok(if rest.is_empty() { first } else { rest.freeze() })
+}
+
+/// A future's result, or the end of its time. A timer is set only for one that has to wait.
+async fn poll_now_or<F: Future>(
+    future: F,
+    deadline: tokio::time::Instant,
+) -> Result<F::Output, tokio::time::error::Elapsed> {
+    let mut future = pin!(future);
+    let now = std::future::poll_fn(|context| {
+        std::task::Poll::Ready(match future.as_mut().poll(context) {
+            std::task::Poll::Ready(output) => Some(output),
+            std::task::Poll::Pending => None,
+        })
+    });
+    match now.await {
+        Some(output) => Ok(output),
+        None => tokio::time::timeout_at(deadline, future).await,
+    }
+}
+
+/// A future's result, or `None` if it panicked.
+async fn catch_panic<F: Future>(future: F) -> Option<F::Output> {
+    let mut future = pin!(future);
+    std::future::poll_fn(|context| {
+        let poll = AssertUnwindSafe(|| future.as_mut().poll(context));
+        match catch_unwind(poll) {
+            Ok(poll) => poll.map(Some),
+            Err(_) => std::task::Poll::Ready(None),
+        }
+    })
+    .await
+}
+
+fn record(
+    claims: &Claims<'_>,
+    authenticated: Option<&str>,
+    remote: SocketAddr,
+    request_id: RequestId,
+    result: &Result<Done, Refusal>,
+    start: Instant,
+    refusals_skipped: Option<u64>,
+) -> Record {
+    const CLAIM_CHARS_MAX: usize = 80;
+    let (status, codes, keys) = match result {
+        Ok(done) => {
+            let keys = done.tally.keys.iter().map(|(key, count)| (key.to_string(), *count));
+            (200, done.tally.codes.iter().copied().collect(), keys.collect())
+        }
+        Err(refusal) => (refusal.status, [(refusal.code, 1)].into(), Default::default()),
+    };
+    Record {
+        time: audit::time_now(),
+        request_id: request_id.to_string(),
+        client_id: match authenticated {
+            Some(id) => id.to_owned(),
+            None => claims.client.chars().take(CLAIM_CHARS_MAX).collect(),
+        },
+        authenticated: authenticated.is_some(),
+        remote: remote.to_string(),
+        operation: claims.api.map_or("other", Api::as_str),
+        status,
+        codes,
+        keys,
+        duration_us: u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX),
+        refusals_skipped,
+    }
+}
+
+/// Faults of ours are told loudly, those of others quietly.
+fn log_refusal(
+    claims: &Claims<'_>,
+    result: &Result<Done, Refusal>,
+    remote: SocketAddr,
+    request_id: RequestId,
+) {
+    let Err(Refusal { status, code, message, .. }) = result else { return };
+    let operation = claims.api.map_or("other", Api::as_str);
+    if *status >= 500 && *code != Error::plain(ErrorKind::DecryptFailed).code() {
+        tracing::warn!(%request_id, %remote, operation, status, code, %message, "refused");
+    } else {
+        tracing::debug!(%request_id, %remote, operation, status, code, %message, "refused");
+    }
+}
