@@ -127,6 +127,9 @@ pub(crate) fn hint(kind: ErrorKind) -> &'static str {
             "a direct key wraps 2^32 data keys per version: `keymill key rotate KEY` and then \
              `generate --advance`, or a new key"
         }
+        ErrorKind::ClientNotFound => {
+            "`keymill client list` shows the clients; `keymill client create` makes one"
+        }
         ErrorKind::UnsupportedOperation => "`keymill key show KEY` shows what kind of key it is",
         ErrorKind::InvalidKeyMaterial => {
             "material is 16, 24 or 32 raw bytes, not hex or base64 text, and new to this store"

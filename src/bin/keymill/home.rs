@@ -54,13 +54,17 @@ impl Home {
 
     /// Refuses an `--out` that would replace a file of this home: with it every key would be lost.
     pub(crate) fn spare(&self, out: Option<&Path>) -> Result<()> {
-        let Some(out) = out else { return Ok(()) };
-        let place = place_of(out);
+        out.map_or(Ok(()), |out| self.spare_as("--out", out))
+    }
+
+    /// The same of the file that `option` names.
+    pub(crate) fn spare_as(&self, option: &str, path: &Path) -> Result<()> {
+        let place = place_of(path);
         // The last two are the files that SQLite keeps beside its own.
         for name in ["keys.db", "root.key", "keys.db-wal", "keys.db-shm"] {
             if place == place_of(&self.dir.join(name)) {
                 return Err(Failure::refused(
-                    format!("--out {out:?} is part of the key store, which would be destroyed"),
+                    format!("{option} {path:?} is part of the key store, which would be destroyed"),
                     "name another file",
                 ));
             }

@@ -1,4 +1,4 @@
-//! `keymill`, the command line: one file per command, a folder for `bench`, and shared rooms beside them.
+//! `keymill`, the command line: one file per command, folders for `bench` and `client`, and shared rooms beside them.
 //!
 //! This file reads the arguments, calls the command, and turns its end into messages and an exit code: 0 done,
 //! 1 refused (usage errors and any refused line included), 2 broke. `failure` holds the messages, `home` finds and
@@ -11,6 +11,8 @@ mod alias;
 mod arrow;
 #[cfg(feature = "bench")]
 mod bench;
+#[cfg(feature = "server")]
+mod client;
 mod decrypt;
 mod failure;
 mod generate;
@@ -27,6 +29,8 @@ mod print;
 mod progress;
 mod records;
 mod rows;
+#[cfg(feature = "server")]
+mod serve;
 mod stream;
 mod warnings;
 
@@ -69,15 +73,33 @@ enum Command {
     /// Give keys names of your own
     #[command(subcommand)]
     Alias(alias::Command),
+    /// Let others use the server: make, list and change clients
+    #[cfg(feature = "server")]
+    #[command(subcommand)]
+    Client(client::Command),
     /// Make data keys: many for one key, or one for each line of a file
     Generate(generate::Args),
     /// Unwrap the data keys in a file that `generate` wrote
     Decrypt(decrypt::Args),
+    /// Answer the KMS's wire protocol on HTTP, so that its SDKs drive this key store
+    #[cfg(feature = "server")]
+    Serve(Box<serve::Args>),
     /// Show CPU, tier, store and version
     Info(info::Args),
     /// Measure this machine: keymill's kernels beside ring, aes-gcm and aws-lc-rs
     #[cfg(feature = "bench")]
     Bench(bench::Args),
+}
+
+impl Command {
+    /// Whether the library's warnings are lines on standard error. A server has logs.
+    fn prints_warnings(&self) -> bool {
+        #[cfg(feature = "server")]
+        if matches!(self, Self::Serve(_)) {
+            return false;
+        }
+        true
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -93,11 +115,13 @@ Exit codes: 0 done; 1 refused: a wrong argument, or at least one refused line; 2
 store, a file or the machine failed.";
 
 fn main() -> ExitCode {
-    warnings::install();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
+    if cli.command.prints_warnings() {
+        warnings::install();
+    }
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
@@ -111,8 +135,12 @@ fn run(Cli { home, command }: Cli) -> Result<()> {
         Command::Init(args) => init::run(&home()?, &args),
         Command::Key(command) => key::run(&home()?, command),
         Command::Alias(command) => alias::run(&home()?, command),
+        #[cfg(feature = "server")]
+        Command::Client(command) => client::run(&home()?, command),
         Command::Generate(args) => generate::run(&home()?, &args),
         Command::Decrypt(args) => decrypt::run(&home()?, &args),
+        #[cfg(feature = "server")]
+        Command::Serve(args) => serve::run(&home()?, &args),
         Command::Info(args) => info::run(&home()?, &args),
         #[cfg(feature = "bench")]
         Command::Bench(args) => bench::run(&args),

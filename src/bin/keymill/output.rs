@@ -113,7 +113,7 @@ impl Output {
 }
 
 /// The directory that holds `path`.
-fn directory_of(path: &Path) -> &Path {
+pub(crate) fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),

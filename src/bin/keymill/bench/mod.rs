@@ -5,7 +5,8 @@
 //! `sealing`, `fill` and `setup` hold the jobs of the kernels, `engine` (batches), `decrypting`, `pool` and `single`
 //! those of the engine; each checks its contenders' results before it times them. `peers` is what a careful user writes
 //! over the other libraries, and `loops` what stands in the engine's place; `timing` lets contenders take turns;
-//! `report` prints. No key store is touched, and nothing that is made here is kept.
+//! `report` prints. No key store is touched, and nothing that is made here is kept. `server` measures something else: a
+//! server, from outside.
 
 mod cases;
 mod decrypting;
@@ -17,6 +18,8 @@ mod peers;
 mod pool;
 mod report;
 mod sealing;
+#[cfg(feature = "server")]
+mod server;
 mod setup;
 mod single;
 mod timing;
@@ -35,7 +38,7 @@ use self::{
 use crate::failure::{Failure, Result};
 
 #[derive(clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = notes())]
 pub(crate) struct Args {
     /// Print JSON Lines, one object for each case and contender
     #[arg(long)]
@@ -50,6 +53,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = value_parser!(u16).range(1..=3600))]
     seconds: Option<u16>,
+
+    #[cfg(feature = "server")]
+    #[command(flatten)]
+    server: server::LoadArgs,
 }
 
 const EXAMPLES: &str = r#"Jobs of the kernels, on one thread, AES-256, memory reused:
@@ -96,10 +103,22 @@ A JSON row; members that do not apply are null, ns_low and ns_high bound the mid
   {"job":"seal","contender":"ring","dek_len":32,"aad_len":16,"keks":1,"batch":4096,"threads":1,
    "ns_per_key":84.1,"rounds":121,"ns_low":83.9,"ns_high":84.6}"#;
 
+/// All that stands behind the options.
+fn notes() -> String {
+    #[cfg(feature = "server")]
+    return [EXAMPLES, server::NOTES].concat();
+    #[cfg(not(feature = "server"))]
+    EXAMPLES.to_owned()
+}
+
 /// The default length of a run, for each case of weight 1: about 60 seconds for all.
 const CASE: Duration = Duration::from_millis(850);
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    #[cfg(feature = "server")]
+    if let Some(asked) = args.server.asked()? {
+        return server::run(asked, args.json, &args.filter, args.seconds);
+    }
     let widest = Tier::detect()?;
     let tiers: Vec<_> = Tier::available().iter().copied().filter(|tier| *tier <= widest).collect();
     let picked = Filter::parse(&args.filter)?.pick(&cases::all(), &tiers)?;

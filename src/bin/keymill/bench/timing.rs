@@ -53,7 +53,7 @@ pub(super) struct Times {
 
 impl Times {
     /// Of an odd number of rounds, so that the median is one of them.
-    fn of(mut rounds: Vec<f64>) -> Self {
+    pub(super) fn of(mut rounds: Vec<f64>) -> Self {
         rounds.sort_by(f64::total_cmp);
         let at = |part: usize| rounds[(rounds.len() - 1) * part / 4];
         Self { median: at(2), low: at(1), high: at(3), rounds: rounds.len() }
@@ -106,7 +106,7 @@ fn take_turns(count: usize, deadline: Instant, mut turn: impl FnMut(usize) -> f6
 }
 
 /// Fisher and Yates.
-fn shuffle(order: &mut [usize], rng: &mut ChaCha20Rng) {
+pub(super) fn shuffle<T>(order: &mut [T], rng: &mut ChaCha20Rng) {
     for end in (1..order.len()).rev() {
         order.swap(end, rng.next_u32() as usize % (end + 1));
     }

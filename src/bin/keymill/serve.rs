@@ -1,0 +1,322 @@
+//! `keymill serve`: the KMS's wire protocol on this home's key store, until a signal ends it.
+
+use std::{
+    io,
+    net::SocketAddr,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    process,
+    time::Duration,
+};
+
+use clap::{ArgAction, ValueEnum, builder::FalseyValueParser, value_parser};
+use keymill::server::{AuditConfig, Handle, Server, ServerConfig, TlsFiles};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing_subscriber::{
+    Layer,
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
+
+use crate::{
+    failure::{Failure, Result, say},
+    home::Home,
+    print,
+};
+
+#[derive(clap::Args)]
+#[command(after_help = NOTES)]
+pub(crate) struct Args {
+    /// Where clients connect: an IP address and a port, of which 0 is one that is free
+    #[arg(long, value_name = "ADDR", env = "KEYMILL_LISTEN", hide_env_values = true)]
+    listen: SocketAddr,
+
+    /// The server's certificate chain, PEM; read again when it changes
+    #[arg(long, value_name = "FILE", env = "KEYMILL_TLS_CERT", hide_env_values = true)]
+    tls_cert: Option<PathBuf>,
+
+    /// The certificate's private key, PEM
+    #[arg(long, value_name = "FILE", env = "KEYMILL_TLS_KEY", hide_env_values = true)]
+    tls_key: Option<PathBuf>,
+
+    /// Ask clients for a certificate that one of these CAs has signed, PEM (mutual TLS)
+    #[arg(long, value_name = "FILE", env = "KEYMILL_CLIENT_CA", hide_env_values = true)]
+    client_ca: Option<PathBuf>,
+
+    /// Speak plain HTTP on an address that is not loopback: data keys travel in the clear
+    #[arg(long, env = "KEYMILL_PLAIN_HTTP", hide_env_values = true,
+          action = ArgAction::SetTrue, value_parser = FalseyValueParser::new())]
+    plain_http: bool,
+
+    /// Where /metrics, /healthz and /readyz are, in plain HTTP
+    #[arg(long, value_name = "ADDR", env = "KEYMILL_METRICS", hide_env_values = true)]
+    metrics: Option<SocketAddr>,
+
+    /// Append a JSON line for each request to FILE. When it cannot be written, no key is made
+    #[arg(long, value_name = "FILE", env = "KEYMILL_AUDIT", hide_env_values = true)]
+    audit: Option<PathBuf>,
+
+    /// Answer a request only once its record is on disk
+    #[arg(long, env = "KEYMILL_AUDIT_SYNC", hide_env_values = true,
+          action = ArgAction::SetTrue, value_parser = FalseyValueParser::new())]
+    audit_sync: bool,
+
+    /// Size at which the audit log gets the time behind its name and is begun anew
+    #[arg(long, value_name = "BYTES", env = "KEYMILL_AUDIT_MAX_BYTES", hide_env_values = true,
+          default_value_t = 1 << 30, value_parser = value_parser!(u64).range(1 << 12..))]
+    audit_max_bytes: u64,
+
+    /// Most bytes of a batch's body
+    #[arg(long, value_name = "BYTES", env = "KEYMILL_BATCH_BODY_MAX", hide_env_values = true,
+          default_value_t = 64 << 20, value_parser = value_parser!(u64).range(1..=1 << 30))]
+    batch_body_max: u64,
+
+    /// Data keys that are worked on at once; what is beyond is answered 429
+    #[arg(long, value_name = "N", env = "KEYMILL_KEYS_IN_PROGRESS", hide_env_values = true,
+          default_value_t = 1 << 18, value_parser = value_parser!(u64).range(1..))]
+    keys_in_progress: u64,
+
+    /// Data keys a second; what is beyond is answered 429 [default: no limit]
+    #[arg(long, value_name = "N", env = "KEYMILL_KEYS_PER_SECOND", hide_env_values = true,
+          value_parser = value_parser!(u32).range(1..))]
+    keys_per_second: Option<u32>,
+
+    /// Connections at once; more wait to be accepted
+    #[arg(long, value_name = "N", env = "KEYMILL_CONNECTIONS", hide_env_values = true,
+          default_value_t = 4096, value_parser = value_parser!(u32).range(1..=1 << 20))]
+    connections: u32,
+
+    /// Seconds that a connection may do nothing
+    #[arg(long, value_name = "N", env = "KEYMILL_IDLE_SECONDS", hide_env_values = true,
+          default_value_t = 75, value_parser = value_parser!(u16).range(1..))]
+    idle_seconds: u16,
+
+    /// Seconds that a server which ends waits for what is in progress
+    #[arg(long, value_name = "N", env = "KEYMILL_DRAIN_SECONDS", hide_env_values = true,
+          default_value_t = 25, value_parser = value_parser!(u16).range(0..=3600))]
+    drain_seconds: u16,
+
+    /// Threads that serve connections [default: as many as CPUs]
+    #[arg(long, value_name = "N", env = "KEYMILL_THREADS", hide_env_values = true,
+          value_parser = threads)]
+    threads: Option<NonZeroUsize>,
+
+    /// What is logged to standard error
+    #[arg(long, value_name = "LEVEL", env = "KEYMILL_LOG_LEVEL", hide_env_values = true,
+          value_enum, default_value_t = LogLevel::Info)]
+    log_level: LogLevel,
+
+    /// How it is written
+    #[arg(long, value_name = "FORMAT", env = "KEYMILL_LOG_FORMAT", hide_env_values = true,
+          value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+fn threads(text: &str) -> std::result::Result<NonZeroUsize, String> {
+    const MAX: usize = 1024;
+    let threads = text.parse().ok().filter(|threads: &NonZeroUsize| threads.get() <= MAX);
+    threads.ok_or_else(|| format!("threads are 1 to {MAX}"))
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+const NOTES: &str = "\
+Clients are made with `keymill client create`; keys and clients that are made, changed or disabled
+while the server runs show up within a second. One line on standard output says that the server is
+ready. SIGTERM and Ctrl-C let what is in progress end and exit 0; SIGHUP reads the TLS files again
+and opens the audit log by its name again.
+
+Every option can be given as the environment variable beside it.
+
+Examples:
+  keymill serve --listen 127.0.0.1:8080
+  keymill serve --listen 0.0.0.0:8443 --tls-cert server.pem --tls-key server.key \\
+    --client-ca clients.pem --metrics 127.0.0.1:9090 --audit /var/log/keymill/audit.jsonl";
+
+pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
+    let config = args.config(home)?;
+    start_logs(args);
+    let engine = home.open()?;
+    // Accepts connections and signals; the server has threads of its own for the rest.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| {
+        Failure::broke(format!("cannot start: {error}"), "check the limits of this machine")
+    })?;
+    let in_time = runtime.block_on(async {
+        let mut signals = Signals::catch()?;
+        let server = Server::bind(engine, &config).await.map_err(|error| not_started(&error))?;
+        announce(&server, &config)?;
+        let handle = server.handle();
+        tokio::spawn(async move { signals.obey(&handle).await });
+        Ok::<_, Failure>(server.run().await)
+    })?;
+    if in_time {
+        return Ok(());
+    }
+    Err(Failure::broke(
+        format!("not everything ended within {} seconds", args.drain_seconds),
+        "--drain-seconds gives it longer",
+    ))
+}
+
+impl Args {
+    fn config(&self, home: &Home) -> Result<ServerConfig> {
+        let mut config = ServerConfig::new(self.listen);
+        config.tls = self.tls()?;
+        config.plain_http = self.plain_http;
+        if config.tls.is_some() && self.plain_http {
+            return Err(Failure::refused(
+                "--plain-http and --tls-cert exclude each other",
+                "leave one of them out",
+            ));
+        }
+        if config.tls.is_none() && !self.plain_http && !self.listen.ip().is_loopback() {
+            return Err(Failure::refused(
+                format!("{} is not loopback, and data keys would travel in the clear", self.listen),
+                "give --tls-cert and --tls-key, or --plain-http if a proxy ends TLS here",
+            ));
+        }
+        config.metrics = self.metrics;
+        if self.audit_sync && self.audit.is_none() {
+            return Err(Failure::refused("--audit-sync needs --audit FILE", "name the file"));
+        }
+        if let Some(path) = &self.audit {
+            home.spare_as("--audit", path)?;
+            let (sync, max_bytes) = (self.audit_sync, self.audit_max_bytes);
+            config.audit = Some(AuditConfig { path: absolute(path)?, sync, max_bytes });
+        }
+        let too_large = |_| Failure::refused("--batch-body-max is too large", "give a smaller one");
+        config.batch_body_max = usize::try_from(self.batch_body_max).map_err(too_large)?;
+        config.keys_in_progress_max = self.keys_in_progress;
+        config.keys_per_second = self.keys_per_second;
+        config.connections_max = self.connections as usize;
+        if let Some(threads) = self.threads {
+            config.threads = threads;
+        }
+        config.idle_time = Duration::from_secs(self.idle_seconds.into());
+        config.drain_time = Duration::from_secs(self.drain_seconds.into());
+        Ok(config)
+    }
+
+    fn tls(&self) -> Result<Option<TlsFiles>> {
+        match (&self.tls_cert, &self.tls_key, &self.client_ca) {
+            (None, None, None) => Ok(None),
+            (Some(certificate), Some(key), client_ca) => Ok(Some(TlsFiles {
+                certificate: absolute(certificate)?,
+                key: absolute(key)?,
+                client_ca: client_ca.as_deref().map(absolute).transpose()?,
+            })),
+            (None, None, Some(_)) => {
+                Err(Failure::refused("--client-ca needs TLS", "give --tls-cert and --tls-key, too"))
+            }
+            _ => Err(Failure::refused(
+                "--tls-cert and --tls-key need each other",
+                "give both; `--help` has an example",
+            )),
+        }
+    }
+}
+
+/// The same after a change of directory.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|error| Failure::file("cannot use", path, &error))
+}
+
+fn not_started(error: &io::Error) -> Failure {
+    let hint = match error.kind() {
+        io::ErrorKind::AddrInUse => "another program listens there; choose another port",
+        io::ErrorKind::AddrNotAvailable => "this machine has no such address",
+        io::ErrorKind::PermissionDenied => {
+            "ports below 1024 and other users' files need permission"
+        }
+        io::ErrorKind::InvalidData => "TLS files are PEM; certificate and key belong together",
+        io::ErrorKind::NotFound => "check the path; the directory must exist",
+        _ => "check addresses and files; `--help` has an example",
+    };
+    Failure::broke(format!("cannot serve: {error}"), hint)
+}
+
+/// The line that says that the server is ready.
+fn announce(server: &Server, config: &ServerConfig) -> Result<()> {
+    let scheme = if config.tls.is_some() { "https" } else { "http" };
+    let mut line = format!("keymill: ready on {scheme}://{}", server.address());
+    if let Some(metrics) = server.metrics_address() {
+        line.push_str(&format!(", metrics on http://{metrics}"));
+    }
+    line.push('\n');
+    print::text(&line)
+}
+
+struct Signals {
+    end: [Signal; 2],
+    reload: Signal,
+}
+
+impl Signals {
+    fn catch() -> Result<Self> {
+        let catch = |kind| {
+            signal(kind).map_err(|error| {
+                Failure::broke(format!("cannot catch signals: {error}"), "try again")
+            })
+        };
+        Ok(Self {
+            end: [catch(SignalKind::terminate())?, catch(SignalKind::interrupt())?],
+            reload: catch(SignalKind::hangup())?,
+        })
+    }
+
+    /// Obeys signals. The second one that asks for the end ends at once.
+    async fn obey(&mut self, handle: &Handle) {
+        let mut ending = false;
+        loop {
+            let [terminate, interrupt] = &mut self.end;
+            tokio::select! {
+                _ = self.reload.recv() => {
+                    handle.reload();
+                    continue;
+                }
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if ending {
+                say("ended before everything in progress was done");
+                process::exit(2);
+            }
+            ending = true;
+            tracing::info!("draining");
+            handle.drain();
+        }
+    }
+}
+
+/// Sends events of this program, and warnings of others, to standard error.
+fn start_logs(args: &Args) {
+    let level = match args.log_level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+    };
+    let others = level.min(LevelFilter::WARN);
+    let targets = Targets::new().with_target("keymill", level).with_default(others);
+    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let layer = match args.log_format {
+        LogFormat::Text => layer.boxed(),
+        LogFormat::Json => layer.json().boxed(),
+    };
+    // The only subscriber of the program.
+    let _ = tracing_subscriber::registry().with(layer.with_filter(targets)).try_init();
+}
