@@ -6,7 +6,7 @@
 
 use bytes::Bytes;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
-use zeroize::Zeroizing;
+use zeroize::Zeroize;
 
 /// Fields of a message, in ascending order of their tags. Those that are empty are left out, as proto3 does.
 pub(super) trait Fields {
@@ -62,12 +62,28 @@ impl Sink for Counter {
 }
 
 /// A body that is being written.
-pub(super) struct Writer(Zeroizing<Vec<u8>>);
+pub(super) struct Writer(Wiped);
+
+/// Bytes that are wiped when they are dropped: as a slice, at the speed of the memory. (A `Vec` is wiped byte by byte,
+/// which took a tenth of a batch's time.)
+struct Wiped(Vec<u8>);
+
+impl AsRef<[u8]> for Wiped {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Wiped {
+    fn drop(&mut self) {
+        self.0.as_mut_slice().zeroize();
+    }
+}
 
 impl Writer {
     /// A body of `len` bytes, none of them written yet.
     pub(super) fn with_len(len: usize) -> Self {
-        Self(Zeroizing::new(Vec::with_capacity(len)))
+        Self(Wiped(Vec::with_capacity(len)))
     }
 
     /// The body, which is wiped when nobody has it any more.
@@ -82,23 +98,23 @@ impl Sink for Writer {
     #[inline]
     fn bytes(&mut self, tag: u32, value: &[u8]) {
         if !value.is_empty() {
-            encode_key(tag, WireType::LengthDelimited, &mut *self.0);
-            encode_varint(value.len() as u64, &mut *self.0);
-            self.0.extend_from_slice(value);
+            encode_key(tag, WireType::LengthDelimited, &mut self.0.0);
+            encode_varint(value.len() as u64, &mut self.0.0);
+            self.0.0.extend_from_slice(value);
         }
     }
 
     #[inline]
     fn message(&mut self, tag: u32, value: &impl Fields) {
-        encode_key(tag, WireType::LengthDelimited, &mut *self.0);
-        encode_varint(encoded_len(value) as u64, &mut *self.0);
+        encode_key(tag, WireType::LengthDelimited, &mut self.0.0);
+        encode_varint(encoded_len(value) as u64, &mut self.0.0);
         value.each(self);
     }
 
     fn uint(&mut self, tag: u32, value: u64) {
         if value != 0 {
-            encode_key(tag, WireType::Varint, &mut *self.0);
-            encode_varint(value, &mut *self.0);
+            encode_key(tag, WireType::Varint, &mut self.0.0);
+            encode_varint(value, &mut self.0.0);
         }
     }
 }
@@ -108,7 +124,7 @@ pub(super) fn body(message: &impl Fields) -> Bytes {
     let len = encoded_len(message);
     let mut writer = Writer::with_len(len);
     message.each(&mut writer);
-    debug_assert_eq!(writer.0.len(), len);
+    debug_assert_eq!(writer.0.0.len(), len);
     writer.finish()
 }
 
