@@ -102,6 +102,7 @@ const FIGURES: [(&str, &[&str], Option<&str>); 10] = [
         "verify",
         &[
             "verifications_per_s",
+            "stalled_percent",
             "calls_per_verification",
             "signature_percent",
             "transport_percent",
@@ -111,7 +112,7 @@ const FIGURES: [(&str, &[&str], Option<&str>); 10] = [
     ),
     ("batch", &["keys_per_s", "server_us", "client_us"], Some("generate")),
     ("batch-decrypt", &["keys_per_s", "server_us", "client_us"], Some("decrypt")),
-    ("half-load", &["p50_us", "p99_us", "p999_us", "offered_per_s"], None),
+    ("half-load", &["p50_us", "p99_us", "p999_us", "lateness_p99_us", "offered_per_s"], None),
     (
         "overload",
         &["calls_per_s", "offered_per_s", "refused_per_s", "server_mib_before", "server_mib_after"],

@@ -4,12 +4,11 @@
 //! A closed loop finds the most that a server does. It says nothing of waiting: a server that stops for a second is
 //! asked nothing in that second. In an open loop the arrivals of that second are late by all of it, and count so: a
 //! latency is the time from when a request was due to its answer.
-#![expect(clippy::cast_possible_truncation, reason = "numbers of requests are far below 2^32")]
 
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -37,7 +36,8 @@ pub(super) struct Closed {
 /// When requests of an open loop are due.
 #[derive(Clone, Copy)]
 pub(super) struct Schedule {
-    pub(super) per_second: f64,
+    /// From one to the next.
+    pub(super) interval: Duration,
     pub(super) time: Duration,
     pub(super) late: Late,
 }
@@ -58,8 +58,11 @@ pub(super) struct Open {
     pub(super) done: u64,
     /// Answered 429.
     pub(super) refused: u64,
-    /// Of those that are done.
+    /// Of those that are done, sorted.
     pub(super) latencies: Vec<Duration>,
+    /// How late requests were announced, the latest hundredth left out: for want of a CPU, which says how far the
+    /// machine is to be believed.
+    pub(super) lateness: Duration,
 }
 
 impl Pool {
@@ -125,9 +128,9 @@ impl Pool {
         requests: &Signed,
         schedule: Schedule,
     ) -> Result<Open> {
-        let total = (schedule.per_second * schedule.time.as_secs_f64()) as u64;
+        let total = schedule.due_by(schedule.time);
         let due = Arc::new(Semaphore::new(0));
-        let next = Arc::new(AtomicU64::new(0));
+        let next = Arc::new(AtomicUsize::new(0));
         let start = Instant::now();
         let end = start + schedule.time;
         let mut tasks = JoinSet::new();
@@ -145,7 +148,7 @@ impl Pool {
                         continue;
                     }
                     let was_due = start + schedule.offset(number);
-                    let request = &requests[(number % requests.len() as u64) as usize];
+                    let request = &requests[number % requests.len()];
                     let answer = connection.call(request).await?;
                     let now = Instant::now();
                     if answer.status == 429 {
@@ -172,7 +175,9 @@ impl Pool {
             all.refused += open.refused;
             all.latencies.extend(open.latencies);
         }
-        arrivals.join().expect("it does not panic");
+        let mut late = arrivals.join().expect("it does not panic");
+        late.sort_unstable();
+        all.lateness = percentile(&late, 990);
         all.latencies.sort_unstable();
         Ok(all)
     }
@@ -185,54 +190,90 @@ const TOGETHER: Duration = Duration::from_millis(1);
 const CLOSEST: Duration = Duration::from_micros(30);
 
 impl Schedule {
-    /// When the request of this number is due, from the start.
-    fn offset(&self, number: u64) -> Duration {
-        Duration::from_secs_f64(number as f64 / self.per_second)
+    /// How many are due after `elapsed`. The first is due at once.
+    fn due_by(&self, elapsed: Duration) -> usize {
+        let due = elapsed.as_nanos() / self.interval.as_nanos().max(1);
+        usize::try_from(due).expect("a turn is short") + 1
     }
 
-    /// Adds a permit for each request once it is due, and in the end one for each of `tasks` to end by.
-    fn announce(&self, start: Instant, total: u64, due: &Semaphore, tasks: usize) {
+    /// When the request of this number is due, from the start.
+    fn offset(&self, number: usize) -> Duration {
+        self.interval.mul_f64(number as f64)
+    }
+
+    /// Adds a permit for each request once it is due, and in the end one for each of `tasks` to end by. Returns how
+    /// late each was.
+    fn announce(
+        &self,
+        start: Instant,
+        total: usize,
+        due: &Semaphore,
+        tasks: usize,
+    ) -> Vec<Duration> {
         let pause = if self.late == Late::Drop { TOGETHER } else { CLOSEST };
-        let mut announced = 0;
+        let (mut announced, mut late) = (0, Vec::with_capacity(total));
         while announced < total {
             let elapsed = start.elapsed();
-            let by_now = (elapsed.as_secs_f64() * self.per_second) as u64 + 1;
-            let by_now = by_now.min(total);
-            due.add_permits((by_now - announced) as usize);
+            let by_now = self.due_by(elapsed).min(total);
+            due.add_permits(by_now - announced);
+            late.extend(
+                (announced..by_now).map(|number| elapsed.saturating_sub(self.offset(number))),
+            );
             announced = by_now;
             thread::sleep(self.offset(announced).saturating_sub(start.elapsed()).max(pause));
         }
         due.add_permits(tasks);
+        late
     }
 }
 
 impl Open {
     /// The latency that so many of a thousand requests did not exceed.
     pub(super) fn percentile(&self, per_mille: usize) -> Duration {
-        let last = self.latencies.len().saturating_sub(1);
-        let place = (self.latencies.len() * per_mille).div_ceil(1000).saturating_sub(1);
-        self.latencies.get(place.min(last)).copied().unwrap_or_default()
+        percentile(&self.latencies, per_mille)
     }
 }
 
-/// Checks signatures on this thread for `time`; returns how many in a second.
+fn percentile(sorted: &[Duration], per_mille: usize) -> Duration {
+    let place = (sorted.len() * per_mille).div_ceil(1000).saturating_sub(1);
+    sorted.get(place).copied().unwrap_or_default()
+}
+
+/// What a thread did that only checks signatures.
+pub(super) struct Verified {
+    pub(super) count: f64,
+    pub(super) took: Duration,
+    /// The part of it in which nothing happened: this thread never waits, so the machine was doing something else.
+    pub(super) stalled: Duration,
+}
+
+/// A check of a signature that takes so long was interrupted.
+const STALL: Duration = Duration::from_micros(500);
+
+/// Checks signatures on this thread for `time`.
 pub(super) fn verify(
     key: &ParsedPublicKey,
     signed: &[(String, Vec<u8>)],
     time: Duration,
-) -> Result<f64> {
+) -> Result<Verified> {
     let start = Instant::now();
-    let mut count = 0;
+    let (mut count, mut stalled, mut last) = (0_u32, Duration::ZERO, start);
     for (text, signature) in signed.iter().cycle() {
         key.verify_sig(text.as_bytes(), signature).map_err(|_| {
             Failure::broke("a signature of the client's key is not good", "report this as a bug")
         })?;
         count += 1;
-        if count % 16 == 0 && start.elapsed() >= time {
+        let now = Instant::now();
+        let one = now - last;
+        last = now;
+        if one >= STALL {
+            stalled += one;
+        }
+        if now - start >= time {
             break;
         }
     }
-    Ok(f64::from(count) / start.elapsed().as_secs_f64())
+    Ok(Verified { count: count.into(), took: last - start, stalled })
 }
 
 #[cfg(test)]
@@ -243,7 +284,7 @@ mod tests {
     fn percentiles_of_few_and_of_many() {
         let open = |count: u64| {
             let latencies = (1..=count).map(Duration::from_micros).collect();
-            Open { done: count, refused: 0, latencies }
+            Open { latencies, ..Open::default() }
         };
         let micros = |open: &Open, per_mille| open.percentile(per_mille).as_micros();
         assert_eq!(micros(&open(1000), 500), 500);
@@ -255,11 +296,12 @@ mod tests {
 
     #[test]
     fn every_request_that_is_due_is_announced_and_every_task_ends() {
-        let (time, per_second) = (Duration::from_millis(20), 5000.0);
+        let (time, interval) = (Duration::from_millis(20), Duration::from_micros(200));
         for late in [Late::Send, Late::Drop] {
             let due = Semaphore::new(0);
             let start = Instant::now();
-            Schedule { per_second, time, late }.announce(start, 100, &due, 3);
+            let lateness = Schedule { interval, time, late }.announce(start, 100, &due, 3);
+            assert_eq!(lateness.len(), 100);
             assert_eq!(due.available_permits(), 103);
             assert!(start.elapsed() >= Duration::from_micros(19_800), "not before it is due");
         }

@@ -26,6 +26,8 @@ pub(super) enum Figure {
     Median,
     P99,
     P999,
+    Lateness,
+    Stalled,
     RefusedPerSecond,
     MemoryBefore,
     MemoryAfter,
@@ -54,6 +56,8 @@ impl Figure {
             Self::Median => ("p50_us", "us, p50"),
             Self::P99 => ("p99_us", "us, p99"),
             Self::P999 => ("p999_us", "us, p99.9"),
+            Self::Lateness => ("lateness_p99_us", "us, p99, that the client was late"),
+            Self::Stalled => ("stalled_percent", "% of the time the machine stalled"),
             Self::RefusedPerSecond => ("refused_per_s", "calls/s answered 429"),
             Self::MemoryBefore => ("server_mib_before", "MiB of the server before"),
             Self::MemoryAfter => ("server_mib_after", "MiB of the server after"),
@@ -177,7 +181,11 @@ pub(super) fn print_head(url: &str, connections: usize) -> Result<()> {
 
 /// As many digits as say something.
 fn number(value: f64) -> String {
-    if value >= 1000.0 { format!("{value:.0}") } else { format!("{value:.1}") }
+    match value {
+        1000.0.. => format!("{value:.0}"),
+        10.0.. => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
 }
 
 /// Thousandths say enough.

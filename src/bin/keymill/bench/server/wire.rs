@@ -246,20 +246,20 @@ pub(super) fn refused(status: u16, error: &proto::Error) -> Failure {
     let proto::Error { error_code: code, error_message: message, .. } = error;
     let hint = match code.as_str() {
         "Unauthorized" => {
-            "the server knows no enabled client of this key: `keymill client list` on the server's \
-             home shows those that it knows"
+            "the server knows no enabled client of this key: `keymill client list` on its home \
+             shows those that it knows"
         }
         "SignatureNotMatch" => {
             "the key in --client-key is not the one that the server has under its id; was the file \
              made with this server's home?"
         }
         "Forbidden.NoPermission" => {
-            "`keymill client set ID --allow generate,decrypt,random --keys PATTERN` on the \
-             server's home allows what is measured"
+            "`keymill client set ID --allow generate,decrypt,random --keys PATTERN` on its home \
+             allows what is measured"
         }
         "Forbidden.KeyNotFound" => {
             "--key names a key or an alias that the server has and the client may use: `keymill \
-             key list` on the server's home shows them"
+             key list` on its home shows them"
         }
         "Rejected.Disabled" | "Rejected.PendingDeletion" | "Rejected.PendingImport" => {
             "choose a key that is enabled: `keymill key list` on the server's home shows them"
