@@ -143,6 +143,8 @@ pub const SERVER_FIRST_REQUEST_TIME: Duration = Duration::from_secs(20);
 pub const SERVER_TRANSFER_TIME: Duration = Duration::from_secs(30);
 /// ... and a further second for so many bytes.
 pub const SERVER_TRANSFER_BYTES_PER_SECOND: usize = 128 << 10;
+/// Time for what is left of a body whose request is refused.
+pub const SERVER_DISCARD_TIME: Duration = Duration::from_secs(5);
 /// Most difference between the date of a request and the server's clock (the KMS's 15 minutes).
 pub const CLOCK_SKEW_MAX: Duration = Duration::from_secs(15 * 60);
 /// Most bytes of a signature: that of RSA-8192.

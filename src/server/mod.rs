@@ -4,8 +4,9 @@
 //! protocol protects and what it does not), and batches in the same style, one signed request for up to 65,536 keys.
 //!
 //! [`Service`] answers requests; [`Server`] puts it on a socket, with TLS, limits and clocks, and ends it in order. The
-//! rooms: `head` and `auth` (who asks for what), `work` and `batch` (the operations), `encode` (responses), `refusal`
-//! (errors), `admission` (load), `audit` and `metrics`, `connection`, `tls`, `workers` and `observe` (sockets).
+//! rooms: `head` and `auth` (who asks for what), `work` and `batch` (the operations), `body` and `encode` (what comes
+//! and what goes), `refusal` (errors), `admission` (load), `audit` and `metrics`, `connection`, `tls`, `workers` and
+//! `observe` (sockets).
 //!
 //! ```no_run
 //! use keymill::{Engine, server::{Server, ServerConfig}};
@@ -29,6 +30,7 @@ mod api;
 mod audit;
 mod auth;
 mod batch;
+mod body;
 mod connection;
 mod encode;
 mod head;

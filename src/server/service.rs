@@ -6,14 +6,13 @@ use std::{
     future::Future,
     net::SocketAddr,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use aws_lc_rs::digest;
-use bytes::{Bytes, BytesMut};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use bytes::Bytes;
 use hyper::{
     Request, Response, StatusCode,
     body::Body,
@@ -29,7 +28,7 @@ use super::{
     api::Api,
     audit::{self, Audit, Record, Slot},
     auth::Signers,
-    encode,
+    body, encode,
     head::{Claims, Head, MEDIA_TYPE, VERSION_HEADER, body_hash_refused},
     metrics::{Metrics, Now, OK},
     refusal::Refusal,
@@ -39,7 +38,7 @@ use crate::{
     clients::Client,
     engine::Engine,
     error::{Error, ErrorKind},
-    limits::{SERVER_LIGHT_BODY_LEN_MAX, SERVER_TRANSFER_BYTES_PER_SECOND, SERVER_TRANSFER_TIME},
+    limits::SERVER_LIGHT_BODY_LEN_MAX,
     request_id::RequestId,
 };
 
@@ -162,14 +161,20 @@ impl Service {
     {
         let start = Instant::now();
         let (parts, body) = request.into_parts();
+        let mut body = pin!(body);
         let mut facts = Facts { client: None, slot: None, remote, start };
-        let work = self.perform(&parts, body, watcher, &mut facts);
-        match catch_panic(work).await {
-            Some(Ok(Progress::Done(done))) => self.finish(&parts, facts, Ok(done)).await,
-            Some(Ok(Progress::Elsewhere(job))) => self.finish_elsewhere(parts, facts, job).await,
-            Some(Err(refusal)) => self.finish(&parts, facts, Err(refusal)).await,
-            None => self.finish(&parts, facts, self.panicked()).await,
-        }
+        let work = self.perform(&parts, body.as_mut(), watcher, &mut facts);
+        let refused = match catch_panic(work).await {
+            Some(Ok(Progress::Done(done))) => return self.finish(&parts, facts, Ok(done)).await,
+            Some(Ok(Progress::Elsewhere(job))) => {
+                return self.finish_elsewhere(parts, facts, job).await;
+            }
+            Some(Err(refusal)) => Err(refusal),
+            None => self.panicked(),
+        };
+        let response = self.finish(&parts, facts, refused).await;
+        body::discard(&parts, body, self.batch_body_max).await;
+        response
     }
 
     /// Does what a request asks for, or finds that this is for another thread. `facts` holds what is known of the
@@ -177,7 +182,7 @@ impl Service {
     async fn perform<B>(
         self: &Arc<Self>,
         parts: &Parts,
-        body: B,
+        body: Pin<&mut B>,
         watcher: &impl Watch,
         facts: &mut Facts,
     ) -> Result<Progress, Refusal>
@@ -196,7 +201,7 @@ impl Service {
             return Err(Refusal::operation(api.as_str()));
         }
         let mut held = self.admission.hold();
-        let body = read_body(body, api.body_max(self.batch_body_max), &mut held).await?;
+        let body = body::read(body, api.body_max(self.batch_body_max), &mut held).await?;
         // Not before: whoever sends many bodies slowly would hold places that others need.
         facts.slot = Some(self.audit.reserve()?);
         let call = Call { head, client: signer, _held: held };
@@ -386,70 +391,6 @@ impl Call {
             return Err(body_hash_refused());
         }
         Work::decode(self.head.api, body)
-    }
-}
-
-/// Most bytes for which memory is there before they are.
-const RESERVED_LEN_MAX: usize = 1 << 20;
-
-/// Reads a body of at most `max` bytes in the time that its length has.
-async fn read_body<B>(body: B, max: usize, held: &mut Held) -> Result<Bytes, Refusal>
-where
-    B: Body<Data = Bytes>,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let deadline = Instant::now() + SERVER_TRANSFER_TIME;
-    let told = body.size_hint().lower();
-    let mut body = pin!(Limited::new(body, max));
-    let (mut first, mut rest) = (Bytes::new(), BytesMut::new());
-    let mut len = 0;
-    loop {
-        let more = Duration::from_secs((len / SERVER_TRANSFER_BYTES_PER_SECOND) as u64);
-        let deadline = tokio::time::Instant::from_std(deadline + more);
-        let frame = match poll_now_or(body.frame(), deadline).await {
-            Ok(Some(Ok(frame))) => frame,
-            Ok(None) => break,
-            Ok(Some(Err(error))) if error.is::<LengthLimitError>() => {
-                return Err(Refusal::too_large(max));
-            }
-            // The client has gone, or its framing is wrong. Nobody reads the answer.
-            Ok(Some(Err(_))) => return Err(Refusal::parameter("The body is incomplete.")),
-            Err(_) => return Err(Refusal::timeout()),
-        };
-        let Ok(data) = frame.into_data() else { continue };
-        len += data.len();
-        held.add(data.len());
-        held.check()?;
-        // Most bodies are one piece, and stay where they are.
-        if first.is_empty() {
-            first = data;
-            continue;
-        }
-        if rest.is_empty() {
-            // A length is only told, so not all of a long one is reserved.
-            rest.reserve(usize::try_from(told).unwrap_or(max).min(RESERVED_LEN_MAX));
-            rest.extend_from_slice(&first);
-        }
-        rest.extend_from_slice(&data);
-    }
-    Ok(if rest.is_empty() { first } else { rest.freeze() })
-}
-
-/// A future's result, or the end of its time. A timer is set only for one that has to wait.
-async fn poll_now_or<F: Future>(
-    future: F,
-    deadline: tokio::time::Instant,
-) -> Result<F::Output, tokio::time::error::Elapsed> {
-    let mut future = pin!(future);
-    let now = std::future::poll_fn(|context| {
-        std::task::Poll::Ready(match future.as_mut().poll(context) {
-            std::task::Poll::Ready(output) => Some(output),
-            std::task::Poll::Pending => None,
-        })
-    });
-    match now.await {
-        Some(output) => Ok(output),
-        None => tokio::time::timeout_at(deadline, future).await,
     }
 }
 

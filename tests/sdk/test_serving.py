@@ -118,6 +118,16 @@ class Serving(SdkTest):
         self.assertIn("CERTIFICATE_VERIFY_FAILED", str(raised.exception.inner_exception.message))
         self.assertEqual(server.requests("GenerateDataKey"), 0)
 
+    def test_a_refusal_reaches_a_client_that_still_sends_its_body(self):
+        """A body above the most is answered 413 over TLS, too, though the server refuses it by its head alone."""
+        server = self.serve(tls=Certificates(self.home.path))
+        client = server.client(self.client_key)
+        # The SDK keeps connections by port, and this port may have been another server's: its retries find a live one.
+        client.generate_random(models.GenerateRandomRequest(length=8))
+        for _ in range(5):
+            with self.assertRefused(413, "RequestEntityTooLarge"):
+                send(client, "Encrypt", bytes((3 << 20) + 1))
+
     def test_mutual_tls_wants_a_certificate(self):
         """With --client-ca a client needs a certificate besides its signature. The SDK has none to show."""
         tls = Certificates(self.home.path)

@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use crate::{
-    client::{OTHER_SIGNER, batch, create_client, generate},
+    client::{Draft, OTHER_SIGNER, batch, create_client, generate},
     running::{Http1, Http2, PATIENCE, Running, exchange, parse_answer, read_answer},
 };
 
@@ -186,6 +186,28 @@ async fn a_body_in_chunks_is_one_body_with_the_same_limit() {
     if let Some(answer) = parse_answer(&answer) {
         answer.refused_with(413, "RequestEntityTooLarge");
     }
+    server.end().await;
+}
+
+/// A body that is refused by its head is read all the same, or else the answer is lost with the connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_refusal_reaches_whoever_still_sends_and_the_connection_goes_on() {
+    let server = Running::start().await;
+    let mut stream = server.connect().await;
+    let mut large = Draft::new("nobody", "Encrypt", vec![0; (3 << 20) + 1]);
+    let mut forged = server.draft("Encrypt", &generate("alias/derived", 32));
+    forged.set("authorization", "Bearer AAAA");
+    for _ in 0..3 {
+        stream.write_all(&large.sign().bytes()).await.unwrap();
+        read_answer(&mut stream).await.refused_with(413, "RequestEntityTooLarge");
+        stream.write_all(&forged.bytes()).await.unwrap();
+        read_answer(&mut stream).await.refused_with(401, "SignatureNotMatch");
+    }
+    stream
+        .write_all(&server.draft("GenerateDataKey", &generate("alias/derived", 32)).bytes())
+        .await
+        .unwrap();
+    read_answer(&mut stream).await.done::<GenerateDataKeyResponse>();
     server.end().await;
 }
 

@@ -1,7 +1,7 @@
 //! `keymill serve`: the KMS's wire protocol on this home's key store, until a signal ends it.
 
 use std::{
-    io,
+    io::{self, IsTerminal},
     net::SocketAddr,
     num::NonZeroUsize,
     path::{Path, PathBuf},
@@ -312,7 +312,8 @@ fn start_logs(args: &Args) {
     };
     let others = level.min(LevelFilter::WARN);
     let targets = Targets::new().with_target("keymill", level).with_default(others);
-    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let colours = io::stderr().is_terminal();
+    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(colours);
     let layer = match args.log_format {
         LogFormat::Text => layer.boxed(),
         LogFormat::Json => layer.json().boxed(),
