@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{ArgAction, ValueEnum, builder::FalseyValueParser, value_parser};
+use clap::{ArgAction, ValueEnum, builder::BoolishValueParser, value_parser};
 use keymill::server::{AuditConfig, Handle, Server, ServerConfig, TlsFiles};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::{
@@ -40,26 +40,27 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", env = "KEYMILL_TLS_KEY", hide_env_values = true)]
     tls_key: Option<PathBuf>,
 
-    /// Ask clients for a certificate that one of these CAs has signed, PEM (mutual TLS)
+    /// Ask clients for a certificate that one of these CAs has signed, PEM (mutual TLS; the KMS's
+    /// Python SDK has none to show)
     #[arg(long, value_name = "FILE", env = "KEYMILL_CLIENT_CA", hide_env_values = true)]
     client_ca: Option<PathBuf>,
 
     /// Speak plain HTTP on an address that is not loopback: data keys travel in the clear
     #[arg(long, env = "KEYMILL_PLAIN_HTTP", hide_env_values = true,
-          action = ArgAction::SetTrue, value_parser = FalseyValueParser::new())]
+          action = ArgAction::SetTrue, value_parser = BoolishValueParser::new())]
     plain_http: bool,
 
     /// Where /metrics, /healthz and /readyz are, in plain HTTP
     #[arg(long, value_name = "ADDR", env = "KEYMILL_METRICS", hide_env_values = true)]
     metrics: Option<SocketAddr>,
 
-    /// Append a JSON line for each request to FILE. When it cannot be written, no key is made
+    /// Append a JSON line for each request to FILE. Once it cannot be written, no more keys are made
     #[arg(long, value_name = "FILE", env = "KEYMILL_AUDIT", hide_env_values = true)]
     audit: Option<PathBuf>,
 
     /// Answer a request only once its record is on disk
     #[arg(long, env = "KEYMILL_AUDIT_SYNC", hide_env_values = true,
-          action = ArgAction::SetTrue, value_parser = FalseyValueParser::new())]
+          action = ArgAction::SetTrue, value_parser = BoolishValueParser::new())]
     audit_sync: bool,
 
     /// Size at which the audit log gets the time behind its name and is begun anew
@@ -136,8 +137,8 @@ enum LogFormat {
 const NOTES: &str = "\
 Clients are made with `keymill client create`; keys and clients that are made, changed or disabled
 while the server runs show up within a second. One line on standard output says that the server is
-ready. SIGTERM and Ctrl-C let what is in progress end and exit 0; SIGHUP reads the TLS files again
-and opens the audit log by its name again.
+ready. SIGTERM and Ctrl-C let what is in progress end and exit 0; a second one ends at once and
+exits 2. SIGHUP reads the TLS files again and opens the audit log by its name again.
 
 Every option can be given as the environment variable beside it.
 
