@@ -71,17 +71,18 @@ impl Eq for Asked<'_> {}
 impl Hash for Asked<'_> {
     #[inline]
     fn hash<H: Hasher>(&self, state: &mut H) {
+        // Everything here is chosen by callers. Each part is a word of its own, with a multiplication under the hasher's
+        // secret between it and the others: two parts in one word would let a caller cancel one by the other, and then
+        // no seed keeps its names apart.
         let name = self.name.as_str();
         if let Some([first, last]) = self.name.whole_ends() {
-            // Two words, which a folded multiplication takes at once. Length and number are small and leave most of the
-            // second one to the name.
-            let small = (name.len() as u64) << 56 ^ u64::from(self.number_of_bytes) << 40;
             state.write_u64(first);
-            state.write_u64(last ^ small);
+            state.write_u64(last);
+            state.write_u64((name.len() as u64) << 32 | u64::from(self.number_of_bytes));
         } else {
             // All of it: names that differ in their middle alone must not be made to collide.
-            state.write_u32(self.number_of_bytes);
             state.write(name.as_bytes());
+            state.write_u32(self.number_of_bytes);
         }
     }
 }
@@ -286,7 +287,80 @@ impl Places {
 
 #[cfg(test)]
 mod tests {
+    use std::{cell::Cell, collections::HashSet};
+
     use super::*;
+
+    /// Keeps the words that are hashed.
+    #[derive(Default)]
+    struct Words(Vec<u64>);
+
+    impl Hasher for Words {
+        fn write(&mut self, bytes: &[u8]) {
+            self.0.extend(bytes.iter().map(|byte| u64::from(*byte)));
+        }
+
+        fn write_u32(&mut self, word: u32) {
+            self.0.push(word.into());
+        }
+
+        fn write_u64(&mut self, word: u64) {
+            self.0.push(word);
+        }
+
+        fn finish(&self) -> u64 {
+            unreachable!("the words are looked at")
+        }
+    }
+
+    /// Names of `len` bytes, and numbers made of the same three bytes, for `len` up to 16 and beyond: what a caller
+    /// would send whose number takes back what it has changed in the name, at any place of it.
+    fn cancelling(len: usize, at: usize) -> Vec<(String, u32)> {
+        let mut all = Vec::new();
+        for bits in 0..1_u32 << 15 {
+            let [one, two, three] =
+                [0, 5, 10].map(|shift| u8::try_from(bits >> shift & 31).unwrap());
+            let mut name = vec![b'a'; len];
+            for (byte, change) in name[at..].iter_mut().zip([one, two, three]) {
+                *byte ^= change;
+            }
+            let number = u32::from_le_bytes([one, two, three, 0]);
+            all.push((String::from_utf8(name).unwrap(), number));
+        }
+        all
+    }
+
+    #[test]
+    fn no_part_of_a_name_and_no_number_cancel_each_other() {
+        for (len, at) in [(3, 0), (8, 5), (13, 10), (13, 5), (16, 8), (16, 13), (17, 14), (40, 20)]
+        {
+            let family = cancelling(len, at);
+            let asked = |(name, number): &(String, u32)| {
+                let mut words = Words::default();
+                Asked { name: Name::new(name), number_of_bytes: *number }.hash(&mut words);
+                words.0
+            };
+            let words: HashSet<Vec<u64>> = family.iter().map(asked).collect();
+            assert_eq!(words.len(), family.len(), "{len} {at}");
+
+            // What it costs to take them all in, whatever the seed.
+            let (hasher, compared) = (RandomState::default(), Cell::new(0));
+            let mut places = Places::new(family.len());
+            for (place, (name, number)) in (0..).zip(&family) {
+                let hash =
+                    hasher.hash_one(Asked { name: Name::new(name), number_of_bytes: *number });
+                let is = |_| {
+                    compared.set(compared.get() + 1);
+                    false
+                };
+                assert_eq!(places.find(hash, is), None);
+                places.insert(hash, place);
+            }
+            // Half of the places are free, so that a search meets another name or two.
+            let compared = compared.get();
+            assert!(compared < 4 * family.len(), "{len} {at}: {compared} comparisons");
+        }
+    }
 
     #[test]
     fn places_are_found_in_spite_of_equal_hashes_and_growth() {
