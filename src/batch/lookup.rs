@@ -71,9 +71,9 @@ impl Eq for Asked<'_> {}
 impl Hash for Asked<'_> {
     #[inline]
     fn hash<H: Hasher>(&self, state: &mut H) {
-        // Everything here is chosen by callers. Each part is a word of its own, with a multiplication under the hasher's
-        // secret between it and the others: two parts in one word would let a caller cancel one by the other, and then
-        // no seed keeps its names apart.
+        // Everything here is chosen by callers. Each part is a word of its own, with a multiplication under the
+        // hasher's secret between it and the others: two parts in one word would let a caller cancel one by the other,
+        // and then no seed keeps such names apart.
         let name = self.name.as_str();
         if let Some([first, last]) = self.name.whole_ends() {
             state.write_u64(first);
