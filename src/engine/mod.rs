@@ -212,6 +212,12 @@ impl Engine {
         self.shared().store.describe()
     }
 
+    /// The files of the key store, which nothing else may write.
+    #[cfg(feature = "server")]
+    pub(crate) fn store_files(&self) -> Vec<std::path::PathBuf> {
+        self.shared().store.files()
+    }
+
     /// Bytes of memory that wait for the next batches. At most what
     /// [`EngineBuilder::recycled_bytes_max`] allows.
     pub fn recycled_bytes(&self) -> usize {
