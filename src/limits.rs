@@ -176,6 +176,8 @@ pub const KEY_PATTERN_LEN_MAX: usize = 255;
 pub const ROOT_KEY_LEN: usize = 32;
 /// How often an engine asks its store whether another process changed it.
 pub const WATCH_INTERVAL: Duration = Duration::from_millis(400);
+/// Events of due work that wait to be taken from an engine.
+pub const DUE_EVENTS_MAX: usize = 65_536;
 /// How often an engine executes due rotations and deletions.
 pub const RUN_DUE_INTERVAL: Duration = Duration::from_secs(60);
 
