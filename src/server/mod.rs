@@ -158,8 +158,8 @@ impl Handle {
     }
 }
 
-/// How often TLS files are looked at.
-const TLS_INTERVAL: Duration = Duration::from_secs(1);
+/// How often TLS files are looked at, and what the engine does by itself is written down.
+const TICK_INTERVAL: Duration = Duration::from_secs(1);
 /// Time for a TLS handshake.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// Pause after a connection could not be accepted, as when there are no more file descriptors.
@@ -218,13 +218,14 @@ impl Server {
         let mut connections = JoinSet::new();
         let places = Arc::new(Semaphore::new(config.connections_max));
         let mut draining = shared.draining.subscribe();
-        let mut ticks = tokio::time::interval(TLS_INTERVAL);
+        let mut ticks = tokio::time::interval(TICK_INTERVAL);
         loop {
             tokio::select! {
                 biased;
                 // What it returns holds a lock, and would keep this future from being `Send`.
                 () = async { drop(draining.wait_for(|draining| *draining).await) } => break,
                 _ = ticks.tick() => {
+                    service.write_down_due_work();
                     if let Some(tls) = &shared.tls {
                         tls.reload(false);
                     }
@@ -260,6 +261,7 @@ impl Server {
         }
         let close = move || {
             workers.end();
+            service.write_down_due_work();
             service.audit.close()
         };
         let lost = tokio::task::spawn_blocking(close).await;

@@ -36,7 +36,7 @@ use super::{
 };
 use crate::{
     clients::{Client, ClientId},
-    engine::Engine,
+    engine::{DueEvent, DueEventKind, Engine},
     error::{Error, ErrorKind},
     limits::SERVER_LIGHT_BODY_LEN_MAX,
     request_id::RequestId,
@@ -358,6 +358,16 @@ impl Service {
         self.engine.request_id().unwrap_or(RequestId::NIL)
     }
 
+    /// Writes down what the engine has done by itself. Without an audit log that is left to whoever asks the engine.
+    pub(super) fn write_down_due_work(&self) {
+        if self.audit.is_off() {
+            return;
+        }
+        for event in self.engine.take_due_events() {
+            self.audit.tell(due_record(&event));
+        }
+    }
+
     /// Waits until all that goes on without a connection has ended and is written down.
     pub(super) async fn quiet(&self) {
         // The sender lives as long as `self`.
@@ -439,6 +449,27 @@ fn start_event(config: &ServerConfig) -> Event {
         .with("keys_in_progress_max", config.keys_in_progress_max)
         .with("keys_per_second", config.keys_per_second)
         .with("connections_max", config.connections_max)
+}
+
+/// What the engine did by itself, as a line: the key, and when that was due.
+fn due_record(event: &DueEvent) -> Event {
+    let operation = match event.kind {
+        DueEventKind::Deleted | DueEventKind::DeletionFailed { .. } => "DeleteKey",
+        _ => "RotateKey",
+    };
+    let line = Event::new(operation, "schedule")
+        .at(event.time)
+        .with("key_id", event.key_id.as_str())
+        .with("due", event.due.map(audit::time_text));
+    match &event.kind {
+        DueEventKind::Rotated { key_version_id } => {
+            line.with("code", OK).with("key_version_id", key_version_id.as_str())
+        }
+        DueEventKind::Deleted => line.with("code", OK),
+        DueEventKind::RotationFailed { error } | DueEventKind::DeletionFailed { error } => {
+            line.with("code", error.code()).with("message", error.message())
+        }
+    }
 }
 
 fn record(

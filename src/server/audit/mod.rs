@@ -37,9 +37,7 @@ use tokio::sync::oneshot;
 pub(super) use place::Taboo;
 
 use super::refusal::Refusal;
-use crate::limits::{
-    AUDIT_END_TIME, AUDIT_LOCK_TIME, AUDIT_QUEUE_MAX, AUDIT_REFUSALS_PER_SECOND,
-};
+use crate::limits::{AUDIT_END_TIME, AUDIT_LOCK_TIME, AUDIT_QUEUE_MAX, AUDIT_REFUSALS_PER_SECOND};
 use sink::Sink;
 use writer::{NO_SYNC, Writer};
 
@@ -96,7 +94,7 @@ impl Event {
 
     /// The same, of that time.
     pub(super) fn at(mut self, time: SystemTime) -> Self {
-        self.time = humantime::format_rfc3339_micros(time).to_string();
+        self.time = time_text(time);
         self
     }
 
@@ -151,7 +149,11 @@ impl Formatter for Ascii {
 
 /// The time now, as records have it.
 pub(super) fn time_now() -> String {
-    humantime::format_rfc3339_micros(SystemTime::now()).to_string()
+    time_text(SystemTime::now())
+}
+
+pub(super) fn time_text(time: SystemTime) -> String {
+    humantime::format_rfc3339_micros(time).to_string()
 }
 
 /// The audit log of a server, which may have none.
@@ -253,7 +255,10 @@ impl Audit {
     pub(super) fn open(config: &AuditConfig, taboo: Taboo, first: Event) -> io::Result<Self> {
         Self::try_open(config, taboo, first).map_err(|error| {
             let path = &config.path;
-            io::Error::new(error.kind(), format!("the audit log {path:?} cannot be written: {error}"))
+            io::Error::new(
+                error.kind(),
+                format!("the audit log {path:?} cannot be written: {error}"),
+            )
         })
     }
 

@@ -75,7 +75,11 @@ pub(super) struct Place {
 
 /// What was opened.
 pub(super) enum Opened {
-    File { file: File, readable: bool, made: bool },
+    File {
+        file: File,
+        readable: bool,
+        made: bool,
+    },
     Stream(File),
     /// A socket that this process was started with.
     Socket(std::os::fd::OwnedFd),

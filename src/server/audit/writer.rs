@@ -306,5 +306,4 @@ impl Writer {
 }
 
 /// Why a stream cannot be a log whose records are waited for.
-pub(super) const NO_SYNC: &str =
-    "records cannot be brought to a disk there, which answers are to wait for; name a file, or do without sync";
+pub(super) const NO_SYNC: &str = "records cannot be brought to a disk there, which answers are to wait for; name a file, or do without sync";
