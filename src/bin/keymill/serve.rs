@@ -20,6 +20,7 @@ use crate::{
     failure::{Failure, Result, say},
     home::Home,
     logs::{self, Logs},
+    variables::named,
 };
 
 #[derive(clap::Args)]
@@ -201,26 +202,36 @@ impl Args {
         config.plain_http = self.plain_http;
         if config.tls.is_some() && self.plain_http {
             return Err(Failure::refused(
-                "--plain-http and --tls-cert exclude each other",
+                format!("{} and {} exclude each other", named("--plain-http"), named("--tls-cert")),
                 "leave one of them out",
             ));
         }
         if config.tls.is_none() && !self.plain_http && !self.listen.ip().is_loopback() {
             return Err(Failure::refused(
-                format!("{} is not loopback, and data keys would travel in the clear", self.listen),
+                format!(
+                    "{} {} is not loopback, and data keys would travel in the clear",
+                    named("--listen"),
+                    self.listen
+                ),
                 "give --tls-cert and --tls-key, or --plain-http if a proxy ends TLS here",
             ));
         }
         config.metrics = self.metrics;
         if self.audit_sync && self.audit.is_none() {
-            return Err(Failure::refused("--audit-sync needs --audit FILE", "name the file"));
+            return Err(Failure::refused(
+                format!("{} needs --audit FILE", named("--audit-sync")),
+                "name the file, or set KEYMILL_AUDIT",
+            ));
         }
         if let Some(path) = &self.audit {
-            home.spare_as("--audit", path)?;
+            home.spare_as(&named("--audit"), path)?;
             let (sync, max_bytes) = (self.audit_sync, self.audit_max_bytes);
             config.audit = Some(AuditConfig { path: absolute(path)?, sync, max_bytes });
         }
-        let too_large = |_| Failure::refused("--batch-body-max is too large", "give a smaller one");
+        let too_large = |_| {
+            let option = named("--batch-body-max");
+            Failure::refused(format!("{option} is too large"), "give a smaller one")
+        };
         config.batch_body_max = usize::try_from(self.batch_body_max).map_err(too_large)?;
         config.keys_in_progress_max = self.keys_in_progress;
         config.keys_per_second = self.keys_per_second;
@@ -241,11 +252,12 @@ impl Args {
                 key: absolute(key)?,
                 client_ca: client_ca.as_deref().map(absolute).transpose()?,
             })),
-            (None, None, Some(_)) => {
-                Err(Failure::refused("--client-ca needs TLS", "give --tls-cert and --tls-key, too"))
-            }
+            (None, None, Some(_)) => Err(Failure::refused(
+                format!("{} needs TLS", named("--client-ca")),
+                "give --tls-cert and --tls-key, too",
+            )),
             _ => Err(Failure::refused(
-                "--tls-cert and --tls-key need each other",
+                format!("{} and {} need each other", named("--tls-cert"), named("--tls-key")),
                 "give both; `--help` has an example",
             )),
         }

@@ -38,14 +38,29 @@ fn parse_from(whole: Command, args: &[OsString]) -> Result<ArgMatches, Refused> 
     Err(Refused { error, variable })
 }
 
+/// An option as whoever set it knows it: itself, or its variable if the value came from there.
+pub(crate) fn named(option: &str) -> String {
+    let is_given = env::args_os().any(|arg| {
+        let arg = arg.to_string_lossy();
+        arg.strip_prefix(option).is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+    });
+    let name = option.trim_start_matches('-').replace('-', "_").to_uppercase();
+    let variable = format!("KEYMILL_{name}");
+    let is_set = env::var_os(&variable).is_some_and(|value| !value.is_empty());
+    if is_given || !is_set { option.to_owned() } else { variable }
+}
+
 /// The variable whose value `error` refuses: without it, the same option is refused no more.
 fn variable_of(command: Command, args: &[OsString], error: &clap::Error) -> Option<String> {
     let option = option_of(error)?;
-    let is_it = |arg: &Arg| arg.to_string() == option && is_set(arg);
-    let variable = find(&command, &is_it)?;
+    // Arguments are shown as in usage lines once the command is built.
+    let mut built = command.clone();
+    built.build();
+    let variable = find(&built, &|arg| is_set(arg) && arg.to_string() == option)?;
+    let is_it = |arg: &Arg| arg.get_env().is_some_and(|name| *name == *variable);
     let again = without(command, &is_it).try_get_matches_from(args).err();
     let is_same = again.is_some_and(|again| option_of(&again).as_ref() == Some(&option));
-    (!is_same).then_some(variable)
+    (!is_same).then(|| variable.to_string_lossy().into_owned())
 }
 
 /// The option whose value is refused, as usage lines show it.
@@ -60,10 +75,10 @@ fn option_of(error: &clap::Error) -> Option<String> {
 }
 
 /// The name of the variable of the first argument that fits, in the command or under it.
-fn find(command: &Command, fits: &dyn Fn(&Arg) -> bool) -> Option<String> {
+fn find(command: &Command, fits: &dyn Fn(&Arg) -> bool) -> Option<OsString> {
     let here = command.get_arguments().find(|arg| fits(arg)).and_then(Arg::get_env);
-    let here = here.map(|name| name.to_string_lossy().into_owned());
-    here.or_else(|| command.get_subcommands().find_map(|command| find(command, fits)))
+    here.map(OsString::from)
+        .or_else(|| command.get_subcommands().find_map(|command| find(command, fits)))
 }
 
 /// The same command, whose arguments that fit have no variable.
