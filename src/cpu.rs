@@ -156,7 +156,10 @@ impl Tier {
         match std::env::var(TIER_VARIABLE) {
             // Set to nothing counts as not set, as in a shell.
             Ok(name) if name.is_empty() => Ok(Self::available()[0]),
-            Ok(name) => Self::at_most(&name),
+            Ok(name) => Self::at_most(&name).map_err(|_| {
+                let (name, tiers) = (crate::error::Shortened(&name), Self::NAMES.join(", "));
+                Error::invalid(format!("{TIER_VARIABLE} is {name:?}; tiers are {tiers}."))
+            }),
             Err(std::env::VarError::NotPresent) => Ok(Self::available()[0]),
             Err(error) => Err(Error::invalid(format!("{TIER_VARIABLE}: {error}."))),
         }

@@ -308,6 +308,24 @@ impl From<&Error> for Error {
     }
 }
 
+/// A caller's string in which everything that is not printable is escaped: control characters (C0 and C1), marks that
+/// turn the direction of text around, separators of lines, and what has no width. So it commands no terminal and looks
+/// like nothing that it is not. `Debug` of a string escapes the same, and quotes besides.
+pub(crate) struct Printable<'a>(pub(crate) &'a str);
+
+impl fmt::Display for Printable<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for char in self.0.chars() {
+            match char {
+                // Not to be told from an escape otherwise, but quotes may stand.
+                '"' | '\'' => fmt::Write::write_char(f, char)?,
+                _ => fmt::Display::fmt(&char.escape_debug(), f)?,
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Prints a caller's string cut to a length that fits a message.
 pub(crate) struct Shortened<'a>(pub(crate) &'a str);
 
@@ -344,6 +362,21 @@ mod tests {
         assert_eq!(error.message(), sentence);
         assert_eq!(error.to_string(), format!("Forbidden.NoPermission: {sentence}"));
         assert_eq!((error.http_status(), error.fault()), (403, Fault::Caller));
+    }
+
+    /// One of each kind: C0, DEL, C1, a mark of direction, an isolate, separators, and what has no width.
+    #[test]
+    fn nothing_that_is_not_printable_reaches_a_message() {
+        let bad = "\n\u{1b}\u{7f}\u{85}\u{9b}\u{202e}\u{2066}\u{2028}\u{2029}\u{200b}\u{200d}\u{feff}\u{ad}";
+        let good = "alias/grün 鍵 \"'";
+        for char in bad.chars() {
+            let text = format!("a{char}b");
+            for shown in [Printable(&text).to_string(), format!("{:?}", Shortened(&text))] {
+                assert!(shown.chars().all(|char| char.is_ascii_graphic()), "{shown:?}");
+            }
+        }
+        assert_eq!(Printable(good).to_string(), good);
+        assert_eq!(Printable("\\n").to_string(), "\\\\n");
     }
 
     #[test]

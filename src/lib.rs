@@ -93,8 +93,8 @@ pub use batch::{
 pub use clients::{Client, ClientId, KeyPattern, Permission, Permissions};
 pub use cpu::{TIER_VARIABLE, Tier};
 pub use engine::{
-    DataKeyBuffers, DataKeyStream, DueReport, DueWork, Encrypted, Engine, EngineBuilder,
-    WrittenDataKey,
+    DataKeyBuffers, DataKeyStream, DueEvent, DueEventKind, DueReport, DueTotals, DueWork,
+    Encrypted, Engine, EngineBuilder, WrittenDataKey,
 };
 pub use error::{Error, ErrorKind, Fault, Result};
 pub use keys::{

@@ -155,6 +155,12 @@ pub const AUDIT_QUEUE_MAX: usize = 65_536;
 pub const AUDIT_REFUSALS_PER_SECOND: u32 = 100;
 /// How often the audit log is brought to the disk.
 pub const AUDIT_SYNC_INTERVAL: Duration = Duration::from_millis(500);
+/// How long a server that starts waits for the lock of its audit log: another one that ends may still hold it.
+pub const AUDIT_LOCK_TIME: Duration = Duration::from_secs(3);
+/// How long the reader of an audit log that is a stream may read nothing before key operations are refused.
+pub const AUDIT_STREAM_TIME: Duration = Duration::from_secs(1);
+/// How long a server that ends tries to write the last records.
+pub const AUDIT_END_TIME: Duration = Duration::from_secs(5);
 /// Characters of a client id: `KAAP.` and a UUID.
 pub const CLIENT_ID_LEN: usize = 41;
 /// Most characters of a client's name.
@@ -170,6 +176,8 @@ pub const KEY_PATTERN_LEN_MAX: usize = 255;
 pub const ROOT_KEY_LEN: usize = 32;
 /// How often an engine asks its store whether another process changed it.
 pub const WATCH_INTERVAL: Duration = Duration::from_millis(400);
+/// Events of due work that wait to be taken from an engine.
+pub const DUE_EVENTS_MAX: usize = 65_536;
 /// How often an engine executes due rotations and deletions.
 pub const RUN_DUE_INTERVAL: Duration = Duration::from_secs(60);
 

@@ -128,7 +128,7 @@ impl Engine {
     pub fn set_rotation(&self, name: &str, period: Option<RotationPeriod>) -> Result<KeyMetadata> {
         let changed = self.change(name, &mut |record| record.set_rotation(period))?;
         let now = self.shared().now();
-        if self.shared().rotate_if(&changed.key_id, |record| record.rotation_due(now))? {
+        if self.shared().rotate_due(&changed.key_id, now)? {
             return self.describe_key(changed.key_id.as_str());
         }
         Ok(changed)
@@ -229,7 +229,8 @@ fn metadata_of(stored: &[StoredKey], id: &KeyId) -> Result<KeyMetadata> {
 }
 
 impl Shared {
-    /// Gives a key a new primary version if `wanted` says so of what the store holds. Returns whether it did.
+    /// Gives a key a new primary version if `wanted` says so of what the store holds. Returns the version, and the record
+    /// as it was before.
     ///
     /// # Errors
     /// As [`Engine::rotate_key`]; only if `wanted`.
@@ -237,18 +238,18 @@ impl Shared {
         &self,
         id: &KeyId,
         wanted: impl Fn(&KeyRecord) -> bool,
-    ) -> Result<bool> {
-        let mut rotated = false;
+    ) -> Result<Option<(KeyVersionId, KeyRecord)>> {
+        let mut rotated = None;
         // Outside the transaction: the clock is the caller's code, and may wait for whoever waits for the store.
         let now = self.now();
         self.store.change(id, &mut |record| {
-            rotated = wanted(record);
-            if !rotated {
+            if !wanted(record) {
                 return Ok(KeyChange::Keep);
             }
             record.check_rotatable()?;
             let material = self.new_material(record.spec)?;
             let version = self.new_version(record, record.version_count, now, material)?;
+            rotated = Some((version.id, record.clone()));
             let mut record = record.clone();
             record.last_rotation = version.created;
             record.version_count = record.version_count.checked_add(1).ok_or_else(|| {
@@ -256,8 +257,11 @@ impl Shared {
             })?;
             Ok(KeyChange::Save(record, Some(version)))
         })?;
-        if rotated {
-            self.refresh()?;
+        // It is done now: what fails from here on is for later looks to meet.
+        if rotated.is_some()
+            && let Err(error) = self.refresh()
+        {
+            log::warn!("key {id} has a new version, but the store cannot be read: {error}");
         }
         Ok(rotated)
     }

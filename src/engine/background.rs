@@ -1,7 +1,7 @@
-//! The background thread of an engine, and due work.
+//! The background thread of an engine.
 //!
 //! The thread looks for changes by other processes more often than once a second, and executes due rotations and
-//! deletions every minute. It belongs to one process; a forked child starts its own.
+//! deletions (`due.rs`) every minute. It belongs to one process; a forked child starts its own.
 
 use std::{
     sync::Arc,
@@ -11,95 +11,11 @@ use std::{
 
 use crossbeam::channel::{self, RecvTimeoutError, Sender};
 
-use super::{DueWork, Engine, Shared};
+use super::{DueWork, Shared};
 use crate::{
-    error::{Error, ErrorKind, Result},
-    keys::KeyId,
+    error::Result,
     limits::{RUN_DUE_INTERVAL, WATCH_INTERVAL},
-    store::KeyChange,
 };
-
-/// What [`Engine::run_due`] did.
-#[derive(Clone, Debug, Default)]
-#[non_exhaustive]
-pub struct DueReport {
-    /// Keys that got a new primary version.
-    pub rotated: Vec<KeyId>,
-    /// Keys that were deleted, with all their material.
-    pub deleted: Vec<KeyId>,
-    /// Keys whose due work failed, and why; it stays due.
-    pub failed: Vec<(KeyId, Error)>,
-}
-
-impl Engine {
-    /// Executes every rotation and deletion that is due by the engine's clock. Engines do so by themselves when they
-    /// open and every minute; dates are checked again inside each transaction.
-    ///
-    /// # Errors
-    /// The store's, if it could not be read. What failed for single keys is in the report.
-    pub fn run_due(&self) -> Result<DueReport> {
-        self.process();
-        self.shared().run_due()
-    }
-}
-
-impl Shared {
-    fn run_due(&self) -> Result<DueReport> {
-        self.refresh_if_changed()?;
-        let now = self.now();
-        let mut report = DueReport::default();
-        let ring = self.ring.load_full();
-        let mut keys: Vec<_> = ring.keys().collect();
-        // In a fixed order, since what is made depends on it in the deterministic mode.
-        keys.sort_unstable_by_key(|key| key.record.id);
-        for key in keys {
-            let id = key.record.id;
-            if key.record.deletion_due(now) {
-                match self.delete_due(&id, now) {
-                    Ok(true) => report.deleted.push(id),
-                    Ok(false) => {}
-                    Err(error) => report.failed.push((id, error)),
-                }
-            } else if key.record.rotation_due(now) {
-                match self.rotate_if(&id, |record| record.rotation_due(now)) {
-                    Ok(true) => report.rotated.push(id),
-                    Ok(false) => {}
-                    Err(error) => report.failed.push((id, error)),
-                }
-            }
-        }
-        if !report.deleted.is_empty() {
-            self.refresh()?;
-        }
-        Ok(report)
-    }
-
-    /// Due work at a moment when nobody asked for it: what fails is logged, and stays due.
-    pub(super) fn run_due_quietly(&self) {
-        match self.run_due() {
-            Ok(report) => {
-                for (key, error) in report.failed {
-                    log::warn!("key {key}: due work failed: {error}");
-                }
-            }
-            Err(error) => log::warn!("due work failed: {error}"),
-        }
-    }
-
-    fn delete_due(&self, id: &KeyId, now: u64) -> Result<bool> {
-        let mut deleted = false;
-        let done = self.store.change(id, &mut |record| {
-            deleted = record.deletion_due(now);
-            Ok(if deleted { KeyChange::Delete } else { KeyChange::Keep })
-        });
-        match done {
-            Ok(()) => Ok(deleted),
-            // Another process was faster.
-            Err(error) if error.kind() == ErrorKind::KeyNotFound => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-}
 
 /// The background thread.
 pub(super) struct Watcher {

@@ -3,7 +3,7 @@
 //! `mod.rs` opens engines and keeps the ring fresh; `single`, `generate` (batches), `stream` and `decrypt` are the
 //! operations on data keys, `encrypt` those on the caller's own texts, `random` gives random bytes, `admin` has the
 //! operations on KEKs and aliases, `clients` those on clients of a server, `wraps` the leases of `Direct` versions,
-//! `background` the watcher and due work, `outlook` what a server asks beside all that.
+//! `background` the watcher, `due` and `events` what an engine does by itself, `outlook` what a server asks beside all that.
 //!
 //! An operation whose name ends in `_as` is for a caller who may use some keys only (`keys::access`); the public one of
 //! that name is for whoever holds the engine.
@@ -17,7 +17,9 @@ mod background;
 mod builder;
 mod clients;
 mod decrypt;
+mod due;
 mod encrypt;
+mod events;
 mod generate;
 #[cfg(any(feature = "server", test))]
 mod outlook;
@@ -39,9 +41,10 @@ use std::{
 
 use arc_swap::ArcSwap;
 
-pub use background::DueReport;
 pub use builder::{DueWork, EngineBuilder};
+pub use due::DueReport;
 pub use encrypt::Encrypted;
+pub use events::{DueEvent, DueEventKind, DueTotals};
 pub use single::{DataKeyBuffers, WrittenDataKey};
 pub use stream::DataKeyStream;
 
@@ -58,6 +61,7 @@ use crate::{
     store::{KeyStore, RootKey},
 };
 use background::Watcher;
+use events::Events;
 
 /// A data-key engine on one key store: `Send`, `Sync`, and cheap to clone; clones are the same engine.
 ///
@@ -130,6 +134,8 @@ struct Process {
     refresh: Mutex<()>,
     /// Set on the first operation; `None` inside once the engine ends, or where no thread could be started.
     watcher: OnceLock<Mutex<Option<Watcher>>>,
+    /// What the engine did by itself here.
+    events: Events,
 }
 
 impl Engine {
@@ -212,6 +218,12 @@ impl Engine {
         self.shared().store.describe()
     }
 
+    /// The files of the key store, which nothing else may write.
+    #[cfg(feature = "server")]
+    pub(crate) fn store_files(&self) -> Vec<std::path::PathBuf> {
+        self.shared().store.files()
+    }
+
     /// Bytes of memory that wait for the next batches. At most what
     /// [`EngineBuilder::recycled_bytes_max`] allows.
     pub fn recycled_bytes(&self) -> usize {
@@ -288,7 +300,11 @@ impl Engine {
 
 impl Shared {
     fn process(&self) -> Current<Process> {
-        self.process.get_or(|_| Process { refresh: Mutex::new(()), watcher: OnceLock::new() })
+        self.process.get_or(|_| Process {
+            refresh: Mutex::new(()),
+            watcher: OnceLock::new(),
+            events: Events::default(),
+        })
     }
 
     fn now(&self) -> UnixSeconds {

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::Shared;
+use super::{Shared, events::DueEventKind};
 use crate::{
     error::{Error, ErrorKind, Result},
     keys::ring::{Key, KeyVersion},
@@ -61,12 +61,12 @@ impl Shared {
             record.rotation.is_some() && record.version_count as usize == key.versions().len()
         });
         match replaced {
-            Ok(true) => {
-                log::info!("key {}: new primary version, 2^31 wraps were spent", key.record.id)
+            Ok(Some((key_version_id, _))) => {
+                self.tell(key.record.id, None, DueEventKind::Rotated { key_version_id });
             }
-            Ok(false) => {}
+            Ok(None) => {}
             Err(error) => {
-                log::warn!("key {}: rotation after 2^31 wraps failed: {error}", key.record.id)
+                self.tell(key.record.id, None, DueEventKind::RotationFailed { error });
             }
         }
     }

@@ -35,6 +35,13 @@ pub(crate) fn system_time(seconds: UnixSeconds) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
 }
 
+/// A time as people read it, in UTC. What is before 1970 or after 9999 is told as the nearest date between.
+pub(crate) fn date(time: SystemTime) -> String {
+    const LAST: UnixSeconds = 253_402_300_799;
+    let time = time.clamp(SystemTime::UNIX_EPOCH, system_time(LAST));
+    humantime::format_rfc3339_seconds(time).to_string()
+}
+
 /// The length of a KEK's material.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KeySpec {

@@ -101,6 +101,14 @@ impl KeyRecord {
         }
     }
 
+    /// When the key is to be deleted, if it is.
+    pub(crate) fn deletion_date(&self) -> Option<UnixSeconds> {
+        match self.state {
+            KeyState::PendingDeletion { due } => Some(due),
+            _ => None,
+        }
+    }
+
     /// Whether the key's deletion is due at `now`.
     pub(crate) fn deletion_due(&self, now: UnixSeconds) -> bool {
         matches!(self.state, KeyState::PendingDeletion { due } if due <= now)

@@ -40,6 +40,7 @@ pub(super) struct Metrics {
     recycled_bytes: IntGauge,
     resident_bytes: IntGauge,
     audit_failing: IntGauge,
+    audit_reopened: IntCounter,
 }
 
 struct OfApi {
@@ -53,6 +54,7 @@ pub(super) struct Now<'a> {
     pub(super) engine: &'a Engine,
     pub(super) keys_in_progress: u64,
     pub(super) audit_failing: bool,
+    pub(super) audit_reopened: u64,
     pub(super) draining: bool,
 }
 
@@ -136,6 +138,10 @@ impl Metrics {
                 "process_resident_memory_bytes",
                 "Memory of the process that lies in RAM; 0 where there is no /proc",
             )?,
+            audit_reopened: counter(
+                "keymill_audit_reopened_total",
+                "Times that the audit log was removed, renamed or cut by others, and gone on with",
+            )?,
             audit_failing: gauge(
                 "keymill_audit_failing",
                 "1 while the audit log cannot be written and key operations are refused",
@@ -169,10 +175,11 @@ impl Metrics {
 
     /// Everything, in Prometheus's text format.
     pub(super) fn text(&self, now: &Now<'_>) -> Vec<u8> {
-        let Now { engine, keys_in_progress, audit_failing, draining } = *now;
+        let Now { engine, keys_in_progress, audit_failing, audit_reopened, draining } = *now;
         let gauge = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         self.keys_in_progress.set(gauge(keys_in_progress));
         self.audit_failing.set(audit_failing.into());
+        self.audit_reopened.inc_by(audit_reopened.saturating_sub(self.audit_reopened.get()));
         self.draining.set(draining.into());
         self.initial_version_uses.set(gauge(engine.initial_version_uses()));
         self.recycled_bytes.set(gauge(engine.recycled_bytes() as u64));

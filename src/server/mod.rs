@@ -143,6 +143,12 @@ impl Handle {
         self.0.draining.send_replace(true);
     }
 
+    /// Records of the audit log that were not written, once [`Server::run`] has returned: of requests that were ended in
+    /// the midst of their work, or since the log could not be written to the end.
+    pub fn audit_records_lost(&self) -> u64 {
+        self.0.service.audit.lost()
+    }
+
     /// Reads the TLS files again and opens the audit log by its name again.
     pub fn reload(&self) {
         self.0.service.audit.reopen();
@@ -152,15 +158,16 @@ impl Handle {
     }
 }
 
-/// How often TLS files are looked at.
-const TLS_INTERVAL: Duration = Duration::from_secs(1);
+/// How often TLS files are looked at, and what the engine does by itself is written down.
+const TICK_INTERVAL: Duration = Duration::from_secs(1);
 /// Time for a TLS handshake.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// Pause after a connection could not be accepted, as when there are no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 impl Server {
-    /// Opens the audit log, reads the TLS files and binds the addresses.
+    /// Opens the audit log, reads the TLS files and binds the addresses. What cannot work is refused here: a log that
+    /// cannot be written, is locked by another server, or is a file of the key store or of TLS under any name.
     ///
     /// # Errors
     /// `InvalidInput` for plain HTTP on an address that others reach, unless it was asked for; otherwise of the files
@@ -178,11 +185,7 @@ impl Server {
             Some(address) => Some(bind(address).await?),
             None => None,
         };
-        let service = Service::new(engine, config).map_err(|error| {
-            let path = config.audit.as_ref().map(|audit| audit.path.display().to_string());
-            io::Error::new(error.kind(), format!("{}: {error}", path.unwrap_or_default()))
-        })?;
-        let service = Arc::new(service);
+        let service = Arc::new(Service::new(engine, config)?);
         let (draining, _) = watch::channel(false);
         let shared = Arc::new(Shared { service: Arc::clone(&service), tls, draining });
         let workers = Workers::start(config.threads.get())?;
@@ -206,7 +209,8 @@ impl Server {
     }
 
     /// Serves until [`Handle::drain`]; then waits for what is in progress, for the time that is configured at most.
-    /// Returns whether all of it ended in time.
+    /// Returns whether all of it ended in time and no record of the audit log was lost. The end takes a few seconds more
+    /// if the audit log cannot be written.
     pub async fn run(self) -> bool {
         let Self { service, shared, listener, observer, workers, config } = self;
         let observing =
@@ -214,13 +218,14 @@ impl Server {
         let mut connections = JoinSet::new();
         let places = Arc::new(Semaphore::new(config.connections_max));
         let mut draining = shared.draining.subscribe();
-        let mut ticks = tokio::time::interval(TLS_INTERVAL);
+        let mut ticks = tokio::time::interval(TICK_INTERVAL);
         loop {
             tokio::select! {
                 biased;
                 // What it returns holds a lock, and would keep this future from being `Send`.
                 () = async { drop(draining.wait_for(|draining| *draining).await) } => break,
                 _ = ticks.tick() => {
+                    service.write_down_due_work();
                     if let Some(tls) = &shared.tls {
                         tls.reload(false);
                     }
@@ -256,10 +261,11 @@ impl Server {
         }
         let close = move || {
             workers.end();
-            service.audit.close();
+            service.write_down_due_work();
+            service.audit.close()
         };
-        let _ = tokio::task::spawn_blocking(close).await;
-        in_time
+        let lost = tokio::task::spawn_blocking(close).await;
+        in_time && lost.is_ok_and(|lost| lost == 0)
     }
 }
 

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 
 use super::encode::ErrorFields;
 use crate::{
-    error::{Error, Shortened},
+    error::{Error, Printable, Shortened},
     request_id::RequestId,
 };
 
@@ -158,17 +158,14 @@ impl From<Error> for Refusal {
     }
 }
 
-/// A caller's text as it is, cut to a length that fits a message, without control characters.
+/// A caller's text as it is, cut to a length that fits a message, what is not printable escaped.
 struct Cut<'a>(&'a str);
 
 impl std::fmt::Display for Cut<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         const CHARS_MAX: usize = 80;
-        for char in self.0.chars().take(CHARS_MAX) {
-            let char = if char.is_control() { char::REPLACEMENT_CHARACTER } else { char };
-            std::fmt::Write::write_char(f, char)?;
-        }
-        Ok(())
+        let end = self.0.char_indices().nth(CHARS_MAX).map_or(self.0.len(), |(end, _)| end);
+        Printable(&self.0[..end]).fmt(f)
     }
 }
 
@@ -180,6 +177,6 @@ mod tests {
     fn what_a_caller_sent_is_cut_and_cannot_break_a_line() {
         let long = format!("a\nb{}", "é".repeat(500));
         let message = Refusal::api_name(&long).message;
-        assert!(message.starts_with("The ApiName \"a\u{fffd}b") && message.chars().count() < 120);
+        assert!(message.starts_with("The ApiName \"a\\nb") && message.chars().count() < 120);
     }
 }

@@ -26,7 +26,7 @@ use super::{
     ServerConfig,
     admission::{Admission, Held},
     api::Api,
-    audit::{self, Audit, Record, Slot},
+    audit::{self, Audit, Event, Record, Slot, Taboo},
     auth::Signers,
     body, encode,
     head::{Claims, Head, MEDIA_TYPE, VERSION_HEADER, body_hash_refused},
@@ -35,8 +35,8 @@ use super::{
     work::{Done, Work},
 };
 use crate::{
-    clients::Client,
-    engine::Engine,
+    clients::{Client, ClientId},
+    engine::{DueEvent, DueEventKind, Engine},
     error::{Error, ErrorKind},
     limits::SERVER_LIGHT_BODY_LEN_MAX,
     request_id::RequestId,
@@ -121,10 +121,10 @@ impl Service {
     /// A service on `engine`.
     ///
     /// # Errors
-    /// Of the audit log, if its file cannot be opened.
+    /// Of the audit log, if it cannot be opened, locked or written.
     pub fn new(engine: Engine, config: &ServerConfig) -> std::io::Result<Self> {
         let audit = match &config.audit {
-            Some(audit) => Audit::open(audit)?,
+            Some(audit) => Audit::open(audit, taboo(&engine, config), start_event(config))?,
             None => Audit::none(),
         };
         Ok(Self {
@@ -267,7 +267,10 @@ impl Service {
     ) -> Response<Bytes> {
         let Facts { client, slot, remote, start } = facts;
         // A client that is known is recorded whatever became of its request, as long as there is room.
-        let slot = slot.or_else(|| self.audit.reserve().ok().filter(|_| client.is_some()));
+        let slot = match (slot, &client) {
+            (None, Some(_)) => self.audit.reserve().ok(),
+            (slot, _) => slot,
+        };
         let claims = Claims::of(parts);
         let request_id = match &result {
             Ok(done) => done.request_id,
@@ -355,6 +358,16 @@ impl Service {
         self.engine.request_id().unwrap_or(RequestId::NIL)
     }
 
+    /// Writes down what the engine has done by itself. Without an audit log that is left to whoever asks the engine.
+    pub(super) fn write_down_due_work(&self) {
+        if self.audit.is_off() {
+            return;
+        }
+        for event in self.engine.take_due_events() {
+            self.audit.tell(due_record(&event));
+        }
+    }
+
     /// Waits until all that goes on without a connection has ended and is written down.
     pub(super) async fn quiet(&self) {
         // The sender lives as long as `self`.
@@ -378,6 +391,7 @@ impl Service {
             engine: &self.engine,
             keys_in_progress: self.admission.in_progress(),
             audit_failing: self.audit.is_failing(),
+            audit_reopened: self.audit.reopened(),
             draining: self.admission.is_draining(),
         })
     }
@@ -407,6 +421,57 @@ async fn catch_panic<F: Future>(future: F) -> Option<F::Output> {
     .await
 }
 
+/// The files that an audit log must not be.
+fn taboo(engine: &Engine, config: &ServerConfig) -> Taboo {
+    let mut taboo = Taboo::default();
+    for file in engine.store_files() {
+        taboo.add(&file, "a file of the key store");
+    }
+    if let Some(tls) = &config.tls {
+        taboo.add(&tls.certificate, "the server's certificate");
+        taboo.add(&tls.key, "the server's private key");
+        if let Some(client_ca) = &tls.client_ca {
+            taboo.add(client_ca, "the file of client CAs");
+        }
+    }
+    taboo
+}
+
+/// What is written first: who writes, and what it was told.
+fn start_event(config: &ServerConfig) -> Event {
+    let sync = config.audit.as_ref().is_some_and(|audit| audit.sync);
+    Event::new("Start", "server")
+        .with("version", env!("CARGO_PKG_VERSION"))
+        .with("process", std::process::id())
+        .with("listen", config.listen.to_string())
+        .with("tls", config.tls.is_some())
+        .with("sync", sync)
+        .with("keys_in_progress_max", config.keys_in_progress_max)
+        .with("keys_per_second", config.keys_per_second)
+        .with("connections_max", config.connections_max)
+}
+
+/// What the engine did by itself, as a line: the key, and when that was due.
+fn due_record(event: &DueEvent) -> Event {
+    let operation = match event.kind {
+        DueEventKind::Deleted | DueEventKind::DeletionFailed { .. } => "DeleteKey",
+        _ => "RotateKey",
+    };
+    let line = Event::new(operation, "schedule")
+        .at(event.time)
+        .with("key_id", event.key_id.as_str())
+        .with("due", event.due.map(audit::time_text));
+    match &event.kind {
+        DueEventKind::Rotated { key_version_id } => {
+            line.with("code", OK).with("key_version_id", key_version_id.as_str())
+        }
+        DueEventKind::Deleted => line.with("code", OK),
+        DueEventKind::RotationFailed { error } | DueEventKind::DeletionFailed { error } => {
+            line.with("code", error.code()).with("message", error.message())
+        }
+    }
+}
+
 fn record(
     claims: &Claims<'_>,
     authenticated: Option<&str>,
@@ -416,7 +481,6 @@ fn record(
     start: Instant,
     refusals_skipped: Option<u64>,
 ) -> Record {
-    const CLAIM_CHARS_MAX: usize = 80;
     let (status, codes, keys) = match result {
         Ok(done) => {
             let keys = done.tally.keys.iter().map(|(key, count)| (key.to_string(), *count));
@@ -429,7 +493,8 @@ fn record(
         request_id: request_id.to_string(),
         client_id: match authenticated {
             Some(id) => id.to_owned(),
-            None => claims.client.chars().take(CLAIM_CHARS_MAX).collect(),
+            // A stranger's text may be a command to the terminal that shows the log, or another client's look-alike.
+            None => ClientId::parse(claims.client).map(|id| id.to_string()).unwrap_or_default(),
         },
         authenticated: authenticated.is_some(),
         remote: remote.to_string(),

@@ -141,6 +141,12 @@ pub(crate) trait KeyStore: Send + Sync {
 
     /// What and where the store is, for people.
     fn describe(&self) -> String;
+
+    /// The files that it is in, which nothing else may write.
+    #[cfg(feature = "server")]
+    fn files(&self) -> Vec<std::path::PathBuf> {
+        Vec::new()
+    }
 }
 
 /// What the store grants of a version that has granted `spent` wraps before.

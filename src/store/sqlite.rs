@@ -405,6 +405,12 @@ impl KeyStore for SqliteStore {
     fn describe(&self) -> String {
         format!("SQLite file {}", self.0.path.display())
     }
+
+    #[cfg(feature = "server")]
+    fn files(&self) -> Vec<PathBuf> {
+        let companions = COMPANIONS.map(|companion| with_suffix(&self.0.path, companion));
+        [self.0.path.clone()].into_iter().chain(companions).collect()
+    }
 }
 
 /// Reads and verifies everything.

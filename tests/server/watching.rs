@@ -4,14 +4,21 @@ use std::{
     collections::{BTreeMap, HashSet},
     fs,
     path::{Path, PathBuf},
-    time::Duration,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
 };
 
-use keymill::server::{
-    AuditConfig,
-    proto::{
-        BatchResponse, DecryptRequest, DecryptResponse, GenerateDataKeyResponse,
-        GenerateRandomRequest, GenerateRandomResponse,
+use keymill::{
+    CreateKey, Engine, RootKey, RotationPeriod,
+    server::{
+        AuditConfig, Server,
+        proto::{
+            BatchResponse, DecryptRequest, DecryptResponse, GenerateDataKeyResponse,
+            GenerateRandomRequest, GenerateRandomResponse,
+        },
     },
 };
 use serde_json::{Value, json};
@@ -27,9 +34,14 @@ use crate::{
 
 const RANDOM: GenerateRandomRequest = GenerateRandomRequest { length: 32 };
 
-fn records(path: &Path) -> Vec<Value> {
+fn lines(path: &Path) -> Vec<Value> {
     let text = fs::read_to_string(path).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Of requests: without what the server did by itself.
+fn records(path: &Path) -> Vec<Value> {
+    lines(path).into_iter().filter(|line| line["by"].is_null()).collect()
 }
 
 fn wraps_granted(server: &Running) -> u64 {
@@ -121,8 +133,10 @@ async fn every_request_has_one_record() {
     let codes = json!({"InvalidParam": 1});
     expected.push((refused.request_id, "GenerateDataKey", 400, false, codes, json!({})));
 
+    // Text of a stranger that is no client's id is not written down.
     let mut unknown = server.draft("Sign", &RANDOM);
-    let refused = send(&server, unknown.set(crate::client::CLIENT, "bob\"")).await.error();
+    let claim = "bob\u{9b}31m\u{202e}";
+    let refused = send(&server, unknown.set(crate::client::CLIENT, claim)).await.error();
     let codes = json!({"InvalidApiName": 1});
     expected.push((refused.request_id, "other", 400, false, codes, json!({})));
 
@@ -163,7 +177,7 @@ async fn every_request_has_one_record() {
         assert_eq!(record["authenticated"], *authenticated, "{record}");
         assert_eq!((&record["codes"], &record["keys"]), (codes, keys), "{record}");
         let client = match (*operation, *status) {
-            ("other", _) => "bob\"",
+            ("other", _) => "",
             (_, 403) | (_, 400) => limited.as_str(),
             _ => server.client.as_str(),
         };
@@ -242,11 +256,13 @@ async fn a_client_that_goes_before_its_answer_leaves_a_record() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_key_is_made_while_the_audit_log_cannot_be_written() {
     let log = Log::new();
-    std::os::unix::fs::symlink("/dev/full", log.path()).unwrap();
     let server = log.serve(true).await;
+    // No file can be where a directory is.
+    fs::remove_file(log.path()).unwrap();
+    fs::create_dir(log.path()).unwrap();
     let asked = generate("alias/direct", 32);
     let unavailable = "Service Unavailable Temporary.";
-    // The first one finds it out: it is worked on, and not answered.
+    // If the first one finds it out, it is worked on, and not answered.
     let first = server.ask("GenerateDataKey", &asked).await;
     first.refused(503, "ServiceUnavailableTemporary", unavailable);
     let before = wraps_granted(&server);
@@ -255,12 +271,101 @@ async fn no_key_is_made_while_the_audit_log_cannot_be_written() {
     let not_ready = "not ready: the audit log cannot be written\n";
     assert_eq!(server.watch("/readyz").await, (503, not_ready.into()));
     assert_eq!(server.metric("keymill_audit_failing").await, 1.0);
-    fs::remove_file(log.path()).unwrap();
-    server.handle.reload();
+    fs::remove_dir(log.path()).unwrap();
     server.wait_for("keymill_audit_failing", 0.0).await;
+    assert_eq!(server.metric("keymill_audit_reopened_total").await, 1.0);
     assert_eq!(server.ask("GenerateDataKey", &asked).await.status, 200);
     assert_eq!(server.watch("/readyz").await.0, 200);
     server.end().await;
+}
+
+/// The files of the server are found under any name, and a log that cannot be written is told at the start.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_audit_log_that_cannot_work_is_refused_at_the_start() {
+    let home = tempfile::tempdir().unwrap();
+    let at = |name: &str| home.path().join(name);
+    let root_key = RootKey::create_file(at("root.key")).unwrap();
+    let engine = Engine::create(at("keys.db"), &root_key).unwrap();
+    for (name, companion) in [("hard", "keys.db"), ("wal", "keys.db-wal")] {
+        fs::hard_link(at(companion), at(name)).unwrap();
+    }
+    std::os::unix::fs::symlink("/dev/full", at("full")).unwrap();
+    let cases = [
+        (at("hard"), "it is a file of the key store"),
+        (at("wal"), "it is a file of the key store"),
+        (at("full"), "No space left"),
+        (at("none").join("audit.jsonl"), "there is no directory"),
+    ];
+    let before = fs::read(at("keys.db")).unwrap();
+    for (path, why) in cases {
+        let mut config = crate::client::config();
+        config.audit = Some(AuditConfig { path: path.clone(), sync: false, max_bytes: 1 << 30 });
+        let refused = Server::bind(engine.clone(), &config).await.err().unwrap().to_string();
+        assert!(refused.contains(why) && refused.contains(&format!("{path:?}")), "{refused}");
+    }
+    assert_eq!(fs::read(at("keys.db")).unwrap(), before);
+    engine.describe_key("alias/none").unwrap_err();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_server_does_by_itself_has_lines_of_its_own() {
+    let log = Log::new();
+    // A clock that the test moves.
+    let days = Arc::new(AtomicU64::new(0));
+    let moved = Arc::clone(&days);
+    let clock =
+        move || SystemTime::now() + Duration::from_secs(moved.load(Ordering::Relaxed) * 86_400);
+    let engine = Engine::builder().clock(clock).in_memory().unwrap();
+    let client = create_client(&engine, &SIGNER, "all", &["*"]);
+    let key = engine.create_key(&CreateKey::default()).unwrap().key_id;
+    let server = Running::on(engine, client, |config| {
+        config.audit = Some(AuditConfig { path: log.path(), sync: false, max_bytes: u64::MAX });
+    })
+    .await;
+    let week = RotationPeriod::new(Duration::from_secs(7 * 86_400)).unwrap();
+    server.engine.set_rotation(key.as_str(), Some(week)).unwrap();
+    days.store(8, Ordering::Relaxed);
+    server.engine.run_due().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let rotation = loop {
+        let found = lines(&log.path()).into_iter().find(|line| line["operation"] == "RotateKey");
+        if let Some(found) = found {
+            break found;
+        }
+        assert!(Instant::now() < deadline, "no line");
+        sleep(Duration::from_millis(50)).await;
+    };
+    assert_eq!(rotation["key_id"], key.as_str());
+    assert_eq!((&rotation["by"], &rotation["code"]), (&json!("schedule"), &json!("OK")));
+    let version =
+        server.engine.describe_key(key.as_str()).unwrap().primary_version().key_version_id;
+    assert_eq!(rotation["key_version_id"], version.as_str());
+    server.end().await;
+    let lines = lines(&log.path());
+    let (first, last) = (&lines[0], &lines[lines.len() - 1]);
+    assert_eq!((&first["operation"], &first["by"]), (&json!("Start"), &json!("server")));
+    assert_eq!(first["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!((&last["operation"], &last["by"]), (&json!("End"), &json!("server")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_without_an_audit_log_is_bounded_and_tells_of_lost_records() {
+    let log = Log::new();
+    let server = log.serve(false).await;
+    assert_eq!(server.ask("GenerateRandom", &RANDOM).await.status, 200);
+    fs::remove_file(log.path()).unwrap();
+    fs::create_dir(log.path()).unwrap();
+    // Worked on, and never written.
+    let lost = match server.ask("GenerateRandom", &RANDOM).await.status {
+        200 => 1,
+        _ => 0,
+    };
+    server.wait_for("keymill_audit_failing", 1.0).await;
+    server.handle.drain();
+    let in_order = tokio::time::timeout(PATIENCE, server.ended).await.unwrap().unwrap();
+    // The first record may have been on disk before its file was removed.
+    assert!(server.handle.audit_records_lost() >= lost);
+    assert_eq!(in_order, server.handle.audit_records_lost() == 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -73,8 +73,7 @@ impl Failure {
     pub(crate) fn report(&self) -> ExitCode {
         if self.status != Status::ReaderGone {
             say(&self.message);
-            // Standard error may be closed; the exit code still says what happened.
-            let _ = writeln!(io::stderr(), "hint: {}", self.hint);
+            to_stderr(&format!("hint: {}\n", self.hint));
         }
         match self.status {
             Status::ReaderGone => ExitCode::SUCCESS,
@@ -92,7 +91,17 @@ impl From<Error> for Failure {
 
 /// Prints one line about this program to standard error. (`eprintln!` panics when standard error is closed.)
 pub(crate) fn say(message: impl Display) {
-    let _ = writeln!(io::stderr(), "keymill: {message}");
+    to_stderr(&format!("keymill: {message}\n"));
+}
+
+/// Writes whole lines to standard error, or to the log of a server, which may wait for nobody.
+fn to_stderr(lines: &str) {
+    #[cfg(feature = "server")]
+    if crate::logs::take(lines) {
+        return;
+    }
+    // Standard error may be closed; the exit code still says what happened.
+    let _ = io::stderr().write_all(lines.as_bytes());
 }
 
 /// `text` in quotes, with control characters escaped, cut to a length that fits a message.

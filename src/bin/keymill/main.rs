@@ -24,6 +24,8 @@ mod interrupt;
 mod json;
 mod key;
 mod lines;
+#[cfg(feature = "server")]
+mod logs;
 mod output;
 mod print;
 mod progress;
@@ -32,11 +34,12 @@ mod rows;
 #[cfg(feature = "server")]
 mod serve;
 mod stream;
+mod variables;
 mod warnings;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::{Parser, Subcommand, error::ErrorKind};
+use clap::{FromArgMatches, Parser, Subcommand, error::ErrorKind};
 
 use failure::{Failure, Result};
 use home::Home;
@@ -115,17 +118,24 @@ Exit codes: 0 done; 1 refused: a wrong argument, or at least one refused line; 2
 store, a file or the machine failed.";
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = variables::parse().and_then(|matches| {
+        Cli::from_arg_matches(&matches)
+            .map_err(|error| variables::Refused { error, variable: None })
+    });
+    let cli = match cli {
         Ok(cli) => cli,
-        Err(error) => return usage(&error),
+        Err(refused) => return usage(&refused),
     };
     if cli.command.prints_warnings() {
         warnings::install();
     }
-    match run(cli) {
+    let code = match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
-    }
+    };
+    #[cfg(feature = "server")]
+    logs::flush();
+    code
 }
 
 fn run(Cli { home, command }: Cli) -> Result<()> {
@@ -148,7 +158,7 @@ fn run(Cli { home, command }: Cli) -> Result<()> {
 }
 
 /// Prints help and version as clap does, and usage errors in this program's form.
-fn usage(error: &clap::Error) -> ExitCode {
+fn usage(variables::Refused { error, variable }: &variables::Refused) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             // A reader that has gone away (`keymill --help | head -1`) is no failure.
@@ -163,8 +173,15 @@ fn usage(error: &clap::Error) -> ExitCode {
             let text = error.render().to_string();
             let text = text.strip_prefix("error: ").unwrap_or(&text).trim_end();
             let text = text.strip_suffix(CLAP_HINT).unwrap_or(text).trim_end();
-            Failure::refused(text, "run it with `--help` for what is allowed, and for examples")
-                .report()
+            let hint = "run it with `--help` for what is allowed, and for examples";
+            match variable {
+                Some(name) => Failure::refused(
+                    format!("{text}\n\nThe value is that of the environment variable {name}."),
+                    format!("correct {name} or unset it; {hint}"),
+                ),
+                None => Failure::refused(text, hint),
+            }
+            .report()
         }
     }
 }

@@ -60,9 +60,17 @@ fn lined_up(table: &Table) -> String {
         .collect()
 }
 
-/// A description may hold anything, and a terminal obeys control characters.
+/// `text` with everything escaped that is not printable. A description may hold anything: a terminal obeys control
+/// characters, and marks of direction make text look like another one.
 fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    let mut shown = String::with_capacity(text.len());
+    for char in text.chars() {
+        match char {
+            '"' | '\'' | '\\' => shown.push(char),
+            _ => shown.extend(char.escape_debug()),
+        }
+    }
+    shown
 }
 
 /// A time as RFC 3339 in UTC.

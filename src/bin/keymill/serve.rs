@@ -1,28 +1,26 @@
 //! `keymill serve`: the KMS's wire protocol on this home's key store, until a signal ends it.
 
 use std::{
-    io::{self, IsTerminal},
+    fs,
+    io::{self, Write},
     net::SocketAddr,
     num::NonZeroUsize,
+    os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
-    process,
+    process, thread,
     time::Duration,
 };
 
 use clap::{ArgAction, ValueEnum, builder::BoolishValueParser, value_parser};
 use keymill::server::{AuditConfig, Handle, Server, ServerConfig, TlsFiles};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::{
-    Layer,
-    filter::{LevelFilter, Targets},
-    layer::SubscriberExt,
-    util::SubscriberInitExt,
-};
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
     failure::{Failure, Result, say},
     home::Home,
-    print,
+    logs::{self, Logs},
+    variables::named,
 };
 
 #[derive(clap::Args)]
@@ -140,7 +138,12 @@ while the server runs show up within a second. One line on standard output says 
 ready. SIGTERM and Ctrl-C let what is in progress end and exit 0; a second one ends at once and
 exits 2. SIGHUP reads the TLS files again and opens the audit log by its name again.
 
-Every option can be given as the environment variable beside it.
+Every option can be given as the environment variable beside it. A variable that is empty counts as
+unset.
+
+The audit log may be a file, which one server at a time locks, appends to and renames when it is
+full; or a FIFO, a terminal or /dev/stdout, to which lines are written as they come. A file that is
+removed or renamed is noticed within a second, and a new one is begun.
 
 Examples:
   keymill serve --listen 127.0.0.1:8080
@@ -149,23 +152,32 @@ Examples:
 
 pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     let config = args.config(home)?;
-    start_logs(args);
+    args.logs().start()?;
     let engine = home.open()?;
     // Accepts connections and signals; the server has threads of its own for the rest.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| {
         Failure::broke(format!("cannot start: {error}"), "check the limits of this machine")
     })?;
-    let in_time = runtime.block_on(async {
+    let (in_order, lost) = runtime.block_on(async {
         let mut signals = Signals::catch()?;
         let server = Server::bind(engine, &config).await.map_err(|error| not_started(&error))?;
-        announce(&server, &config)?;
+        announce(&server, &config);
         let handle = server.handle();
+        let ended = handle.clone();
         tokio::spawn(async move { signals.obey(&handle).await });
-        Ok::<_, Failure>(server.run().await)
+        let in_order = server.run().await;
+        Ok::<_, Failure>((in_order, ended.audit_records_lost()))
     })?;
-    if in_time {
+    if in_order {
         return Ok(());
+    }
+    if lost > 0 {
+        return Err(Failure::broke(
+            format!("{lost} records of the audit log are lost, of requests that were worked on"),
+            "the log says why; --drain-seconds gives requests longer, and the disk of the audit log \
+             needs room",
+        ));
     }
     Err(Failure::broke(
         format!("not everything ended within {} seconds", args.drain_seconds),
@@ -174,32 +186,52 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
 }
 
 impl Args {
+    fn logs(&self) -> Logs {
+        let level = match self.log_level {
+            LogLevel::Error => LevelFilter::ERROR,
+            LogLevel::Warn => LevelFilter::WARN,
+            LogLevel::Info => LevelFilter::INFO,
+            LogLevel::Debug => LevelFilter::DEBUG,
+        };
+        Logs { level, as_json: matches!(self.log_format, LogFormat::Json) }
+    }
+
     fn config(&self, home: &Home) -> Result<ServerConfig> {
         let mut config = ServerConfig::new(self.listen);
         config.tls = self.tls()?;
         config.plain_http = self.plain_http;
         if config.tls.is_some() && self.plain_http {
             return Err(Failure::refused(
-                "--plain-http and --tls-cert exclude each other",
+                format!("{} and {} exclude each other", named("--plain-http"), named("--tls-cert")),
                 "leave one of them out",
             ));
         }
         if config.tls.is_none() && !self.plain_http && !self.listen.ip().is_loopback() {
             return Err(Failure::refused(
-                format!("{} is not loopback, and data keys would travel in the clear", self.listen),
+                format!(
+                    "{} {} is not loopback, and data keys would travel in the clear",
+                    named("--listen"),
+                    self.listen
+                ),
                 "give --tls-cert and --tls-key, or --plain-http if a proxy ends TLS here",
             ));
         }
         config.metrics = self.metrics;
         if self.audit_sync && self.audit.is_none() {
-            return Err(Failure::refused("--audit-sync needs --audit FILE", "name the file"));
+            return Err(Failure::refused(
+                format!("{} needs --audit FILE", named("--audit-sync")),
+                "name the file, or set KEYMILL_AUDIT",
+            ));
         }
         if let Some(path) = &self.audit {
-            home.spare_as("--audit", path)?;
+            home.spare_as(&named("--audit"), path)?;
             let (sync, max_bytes) = (self.audit_sync, self.audit_max_bytes);
             config.audit = Some(AuditConfig { path: absolute(path)?, sync, max_bytes });
         }
-        let too_large = |_| Failure::refused("--batch-body-max is too large", "give a smaller one");
+        let too_large = |_| {
+            let option = named("--batch-body-max");
+            Failure::refused(format!("{option} is too large"), "give a smaller one")
+        };
         config.batch_body_max = usize::try_from(self.batch_body_max).map_err(too_large)?;
         config.keys_in_progress_max = self.keys_in_progress;
         config.keys_per_second = self.keys_per_second;
@@ -220,11 +252,12 @@ impl Args {
                 key: absolute(key)?,
                 client_ca: client_ca.as_deref().map(absolute).transpose()?,
             })),
-            (None, None, Some(_)) => {
-                Err(Failure::refused("--client-ca needs TLS", "give --tls-cert and --tls-key, too"))
-            }
+            (None, None, Some(_)) => Err(Failure::refused(
+                format!("{} needs TLS", named("--client-ca")),
+                "give --tls-cert and --tls-key, too",
+            )),
             _ => Err(Failure::refused(
-                "--tls-cert and --tls-key need each other",
+                format!("{} and {} need each other", named("--tls-cert"), named("--tls-key")),
                 "give both; `--help` has an example",
             )),
         }
@@ -245,20 +278,45 @@ fn not_started(error: &io::Error) -> Failure {
         }
         io::ErrorKind::InvalidData => "TLS files are PEM; certificate and key belong together",
         io::ErrorKind::NotFound => "check the path; the directory must exist",
+        io::ErrorKind::ResourceBusy => "end the other process, or name another file",
         _ => "check addresses and files; `--help` has an example",
     };
     Failure::broke(format!("cannot serve: {error}"), hint)
 }
 
-/// The line that says that the server is ready.
-fn announce(server: &Server, config: &ServerConfig) -> Result<()> {
+/// The line that says that the server is ready. Whoever started it may have closed standard output, or may not read it:
+/// it is written by a thread of its own, and the server goes on. It goes to standard error where standard output is
+/// the audit log.
+fn announce(server: &Server, config: &ServerConfig) {
     let scheme = if config.tls.is_some() { "https" } else { "http" };
     let mut line = format!("keymill: ready on {scheme}://{}", server.address());
     if let Some(metrics) = server.metrics_address() {
         line.push_str(&format!(", metrics on http://{metrics}"));
     }
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "{}", &line["keymill: ".len()..]);
+    if config.audit.as_ref().is_some_and(|audit| is_stdout(&audit.path)) {
+        return say(&line["keymill: ".len()..]);
+    }
     line.push('\n');
-    print::text(&line)
+    let write = move || {
+        let mut stdout = io::stdout().lock();
+        if let Err(error) = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()) {
+            tracing::warn!(%error, "cannot write the ready line to standard output");
+        }
+    };
+    if let Err(error) = thread::Builder::new().name("keymill-ready".into()).spawn(write) {
+        tracing::warn!(%error, "cannot write the ready line to standard output");
+    }
+}
+
+/// Whether `path` is what standard output goes to, under any name.
+fn is_stdout(path: &Path) -> bool {
+    let stdout = io::stdout().as_fd().try_clone_to_owned().map(fs::File::from);
+    let (Ok(stdout), Ok(there)) = (stdout.and_then(|file| file.metadata()), fs::metadata(path))
+    else {
+        return false;
+    };
+    (stdout.dev(), stdout.ino()) == (there.dev(), there.ino())
 }
 
 struct Signals {
@@ -294,6 +352,7 @@ impl Signals {
             }
             if ending {
                 say("ended before everything in progress was done");
+                logs::flush();
                 process::exit(2);
             }
             ending = true;
@@ -301,24 +360,4 @@ impl Signals {
             handle.drain();
         }
     }
-}
-
-/// Sends events of this program, and warnings of others, to standard error.
-fn start_logs(args: &Args) {
-    let level = match args.log_level {
-        LogLevel::Error => LevelFilter::ERROR,
-        LogLevel::Warn => LevelFilter::WARN,
-        LogLevel::Info => LevelFilter::INFO,
-        LogLevel::Debug => LevelFilter::DEBUG,
-    };
-    let others = level.min(LevelFilter::WARN);
-    let targets = Targets::new().with_target("keymill", level).with_default(others);
-    let colours = io::stderr().is_terminal();
-    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(colours);
-    let layer = match args.log_format {
-        LogFormat::Text => layer.boxed(),
-        LogFormat::Json => layer.json().boxed(),
-    };
-    // The only subscriber of the program.
-    let _ = tracing_subscriber::registry().with(layer.with_filter(targets)).try_init();
 }
