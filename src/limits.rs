@@ -137,14 +137,52 @@ pub const SERVER_KEYS_IN_PROGRESS_DEFAULT: u64 = 1 << 18;
 pub const SERVER_CONNECTIONS_DEFAULT: usize = 4096;
 /// A body up to this size is worked on by a thread that serves connections, a longer one elsewhere.
 pub const SERVER_LIGHT_BODY_LEN_MAX: usize = 16 << 10;
+/// Connections without an authenticated request that one address may have when places run out, as a part of all places,
+/// unless the server's configuration says otherwise: so eight strangers can fill a server, and one cannot.
+pub const SERVER_SOURCE_PART: usize = 8;
+/// Fewest such connections, whatever the part.
+pub const SERVER_SOURCE_CONNECTIONS_MIN: usize = 16;
+/// Bits of an IPv6 address that tell one source from another: a subscriber has a network of this length.
+pub const SERVER_SOURCE_IPV6_BITS: u32 = 64;
+/// Time after which a connection that has done its work may be ended when places run out.
+pub const SERVER_SPARE_IDLE_TIME: Duration = Duration::from_secs(1);
+/// Connections at once of those who watch the server.
+pub const SERVER_WATCHERS_MAX: usize = 64;
+/// File descriptors that a server keeps free for the audit log and its rotation, TLS files, the key store and its
+/// companions, and whatever the system's resolver and allocator open.
+pub const SERVER_SPARE_FILES: usize = 24;
+/// File descriptors of a thread that serves connections: an epoll, an event, a pair of sockets.
+pub const SERVER_FILES_PER_THREAD: usize = 4;
+/// Time in which a new connection has to come to its first whole head, its TLS handshake included, unless the server's
+/// configuration says otherwise. Four round trips and the loss of a packet fit.
+pub const SERVER_HEAD_TIME_DEFAULT: Duration = Duration::from_secs(5);
 /// Time in which a new connection has to come to its first authenticated request.
 pub const SERVER_FIRST_REQUEST_TIME: Duration = Duration::from_secs(20);
-/// Time that every body has to arrive, and every response to leave, ...
+/// Time that every body has to arrive, ...
 pub const SERVER_TRANSFER_TIME: Duration = Duration::from_secs(30);
 /// ... and a further second for so many bytes.
 pub const SERVER_TRANSFER_BYTES_PER_SECOND: usize = 128 << 10;
-/// Time for what is left of a body whose request is refused.
+/// Time after which a connection ends if nothing of an answer has left it, unless the server's configuration says
+/// otherwise. A receiver that reads slowly lets TCP go on in steps of 64 KiB or so, which this leaves time for.
+pub const SERVER_STALL_TIME_DEFAULT: Duration = Duration::from_secs(10);
+/// A client that reads has to take so many bytes a second, ...
+pub const SERVER_ANSWER_BYTES_PER_SECOND: u64 = 16 << 10;
+/// ... over so long.
+pub const SERVER_ANSWER_WINDOW: Duration = Duration::from_secs(30);
+/// Bytes of an answer that HTTP/2 is given at once: a frame of the usual size, after which it is somebody else's turn.
+pub const SERVER_ANSWER_PIECE_LEN: usize = 16 << 10;
+/// Time for what is left of a body whose request is refused, before the answer.
 pub const SERVER_DISCARD_TIME: Duration = Duration::from_secs(5);
+/// Time for what is left of it after the answer, as long as it goes on coming.
+pub const SERVER_DISCARD_LATE_TIME: Duration = Duration::from_secs(30);
+/// Time that a client of HTTP/1 whose connection ends has to end it, too, before what it still sends costs it the answer.
+pub const SERVER_LINGER_TIME: Duration = Duration::from_secs(2);
+/// Failures of one kind that are logged each second; the rest is counted.
+pub const SERVER_FAILURES_LOGGED_PER_SECOND: u32 = 10;
+/// Time before the expiry of a TLS certificate from which on it is warned about, once a day.
+pub const TLS_EXPIRY_WARNING: Duration = Duration::from_secs(14 * 86_400);
+/// Most bytes of a TLS file.
+pub const TLS_FILE_LEN_MAX: usize = 1 << 20;
 /// Most difference between the date of a request and the server's clock (the KMS's 15 minutes).
 pub const CLOCK_SKEW_MAX: Duration = Duration::from_secs(15 * 60);
 /// Most bytes of a signature: that of RSA-8192.

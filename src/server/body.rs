@@ -12,8 +12,8 @@ use hyper::{Version, body::Body, header::EXPECT, http::request::Parts};
 
 use super::{admission::Held, refusal::Refusal};
 use crate::limits::{
-    SERVER_BODY_LEN_MAX, SERVER_DISCARD_TIME, SERVER_TRANSFER_BYTES_PER_SECOND,
-    SERVER_TRANSFER_TIME,
+    SERVER_DISCARD_LATE_TIME, SERVER_DISCARD_TIME, SERVER_LIGHT_BODY_LEN_MAX,
+    SERVER_TRANSFER_BYTES_PER_SECOND, SERVER_TRANSFER_TIME,
 };
 
 /// Most bytes for which memory is there before they are.
@@ -80,20 +80,39 @@ async fn poll_now_or<F: Future>(
     }
 }
 
-/// Reads what is left of a body that nobody wants, if it says where it ends and that is not far: to close a connection
-/// of HTTP/1 with something unread takes the answer from a client that is still sending. HTTP/2 has a message for that,
-/// and whoever asks before it sends has sent nothing.
-pub(super) async fn discard<B>(parts: &Parts, mut body: Pin<&mut B>, batch_max: usize)
+/// Reads what is left of a body that nobody wants, if its end is near: to close what is unread takes the answer from a
+/// client that is still sending. Whoever asks before it sends has sent nothing.
+pub(super) async fn discard<B>(parts: &Parts, body: Pin<&mut B>, max: usize)
 where
     B: Body<Data = Bytes>,
 {
-    let max = batch_max.max(2 * SERVER_BODY_LEN_MAX) as u64;
-    let ends = body.size_hint().upper().is_some_and(|told| told <= max);
-    if parts.version > Version::HTTP_11 || parts.headers.contains_key(EXPECT) || !ends {
+    let told = body.size_hint().upper();
+    // Over HTTP/2 many bodies tell no length, since their last frame says that it is that.
+    let max = match told {
+        Some(_) => max,
+        None if parts.version > Version::HTTP_11 => SERVER_LIGHT_BODY_LEN_MAX,
+        None => return,
+    };
+    if parts.headers.contains_key(EXPECT) || told.is_some_and(|told| told > max as u64) {
         return;
     }
-    let rest = async { while let Some(Ok(_)) = body.frame().await {} };
     let deadline = tokio::time::Instant::now() + SERVER_DISCARD_TIME;
     // The answer goes out either way.
-    let _ = poll_now_or(rest, deadline).await;
+    let _ = poll_now_or(rest(body, max), deadline).await;
+}
+
+/// The same after the answer, for a stream that is not reset as long as somebody reads it. In the end it is: a client
+/// that never stops sending has had time to read its answer.
+pub(super) async fn discard_late<B: Body<Data = Bytes>>(body: B, max: usize) {
+    let body = pin!(body);
+    let _ = tokio::time::timeout(SERVER_DISCARD_LATE_TIME, rest(body, max)).await;
+}
+
+async fn rest<B: Body<Data = Bytes>>(mut body: Pin<&mut B>, max: usize) {
+    let mut len = 0;
+    while len <= max
+        && let Some(Ok(frame)) = body.frame().await
+    {
+        len += frame.data_ref().map_or(0, Bytes::len);
+    }
 }

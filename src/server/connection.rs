@@ -1,24 +1,25 @@
-//! One connection: HTTP/1.1 or HTTP/2 on a socket, with or without TLS, and the clocks that end it.
+//! One connection: HTTP/1.1 or HTTP/2 on a socket, with or without TLS, and the clocks that end it (see `clocks`).
 //!
-//! A client cannot hold a connection for nothing: its first authenticated request has to come in time, a head and a
-//! body have their times, idleness ends it, and so does a response that is not read. Whether a response was read shows
-//! in its memory: it is let go when the last of it is in the socket, and until then it counts as unsent.
+//! A request that is refused while its body still comes in is answered all the same: the rest is read within bounds,
+//! before the answer if its end is near, else after it. Over HTTP/2 nothing is reset before that.
 
 use std::{
-    collections::BTreeMap,
     convert::Infallible,
+    error::Error,
     net::SocketAddr,
-    pin::pin,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    pin::{Pin, pin},
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::{Request, Response, body::Incoming, service::service_fn};
+use hyper::{
+    Request, Response, Version,
+    body::{Body, Frame, Incoming, SizeHint},
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto::Builder,
@@ -26,18 +27,25 @@ use hyper_util::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::watch,
+    time::sleep_until,
 };
 
 use super::{
-    admission::Held,
-    service::{Service, Watch},
+    body,
+    clocks::{Clocks, End, InProgress, Observed, Times, Unsent},
+    failures::{Causes, is_peer_gone},
+    places::Place,
+    service::Service,
+    traffic::Traffic,
 };
-use crate::limits::{
-    SERVER_FIRST_REQUEST_TIME, SERVER_TRANSFER_BYTES_PER_SECOND, SERVER_TRANSFER_TIME,
-};
+use crate::limits::{SERVER_ANSWER_PIECE_LEN, SERVER_TRANSFER_TIME};
 
 /// How often a connection's clocks are looked at.
-const TICK: Duration = Duration::from_secs(2);
+const TICK: Duration = Duration::from_secs(1);
+/// Time for a connection that was told to end to do so.
+const END_TIME: Duration = Duration::from_secs(5);
+/// The same when another waits for its place.
+const LEAVE_TIME: Duration = Duration::from_millis(500);
 /// Streams of an HTTP/2 connection at once.
 const STREAMS_MAX: u32 = 256;
 /// Bytes that a connection of HTTP/1.1 keeps of what it reads: a head has to fit.
@@ -45,139 +53,93 @@ const BUFFER_LEN_MAX: usize = 64 << 10;
 /// Bytes of a head of HTTP/2.
 const HEAD_LEN_MAX: u32 = 32 << 10;
 
-/// What the clocks of a connection go by.
-struct Clocks {
-    began: Instant,
-    authenticated: AtomicBool,
-    /// Requests whose answer is not made yet.
-    in_progress: AtomicUsize,
-    responses: Mutex<Responses>,
+/// What a connection is served with.
+pub(super) struct Accepted {
+    pub(super) service: Arc<Service>,
+    pub(super) traffic: Arc<Traffic>,
+    pub(super) remote: SocketAddr,
+    /// When it was accepted: handshakes count.
+    pub(super) began: Instant,
+    pub(super) times: Times,
+    /// Turns true once the server ends.
+    pub(super) draining: watch::Receiver<bool>,
 }
 
-struct Responses {
-    /// Those not yet sent, by number: when that should be over.
-    unsent: BTreeMap<u64, Instant>,
-    next: u64,
-    /// When there was last anything to do.
-    last: Instant,
+/// The bytes of an answer, whole or in pieces.
+struct Answer {
+    rest: Bytes,
+    piece_len: usize,
+    unsent: Unsent,
 }
 
-/// Why a connection is to end.
-#[derive(Debug, PartialEq, Eq)]
-enum End {
-    /// It has nothing to do: as HTTP ends connections.
-    Idle,
-    /// At once.
-    Stalled(&'static str),
-}
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = Infallible;
 
-impl Clocks {
-    fn new() -> Self {
-        let began = Instant::now();
-        let responses = Responses { unsent: BTreeMap::new(), next: 0, last: began };
-        Self {
-            began,
-            authenticated: AtomicBool::new(false),
-            in_progress: AtomicUsize::new(0),
-            responses: Mutex::new(responses),
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if self.rest.is_empty() {
+            return Poll::Ready(None);
         }
+        let len = self.piece_len.min(self.rest.len());
+        let piece = self.rest.split_to(len);
+        self.unsent.gave(len);
+        Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 
-    fn responses(&self) -> std::sync::MutexGuard<'_, Responses> {
-        self.responses.lock().unwrap_or_else(PoisonError::into_inner)
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_empty()
     }
 
-    fn look(&self, now: Instant, idle_time: Duration) -> Option<End> {
-        if !self.authenticated.load(Ordering::Relaxed)
-            && now.saturating_duration_since(self.began) > SERVER_FIRST_REQUEST_TIME
-        {
-            return Some(End::Stalled("no authenticated request came in time"));
-        }
-        let responses = self.responses();
-        if responses.unsent.values().any(|deadline| now > *deadline) {
-            return Some(End::Stalled("a response was not read in time"));
-        }
-        let is_idle = responses.unsent.is_empty()
-            && self.in_progress.load(Ordering::Relaxed) == 0
-            && now.saturating_duration_since(responses.last) > idle_time;
-        is_idle.then_some(End::Idle)
-    }
-
-    /// The same bytes, which count as unsent until they are let go.
-    fn track(self: &Arc<Self>, bytes: Bytes, mut held: Held) -> Bytes {
-        held.add(bytes.len());
-        let more = Duration::from_secs((bytes.len() / SERVER_TRANSFER_BYTES_PER_SECOND) as u64);
-        let now = Instant::now();
-        let mut responses = self.responses();
-        let number = responses.next;
-        responses.next += 1;
-        responses.unsent.insert(number, now + SERVER_TRANSFER_TIME + more);
-        responses.last = now;
-        drop(responses);
-        Bytes::from_owner(Unsent { bytes, _held: held, number, clocks: Arc::clone(self) })
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.rest.len() as u64)
     }
 }
 
-impl Watch for Clocks {
-    fn authenticated(&self) {
-        self.authenticated.store(true, Ordering::Relaxed);
-    }
-}
-
-struct Unsent {
-    bytes: Bytes,
-    _held: Held,
-    number: u64,
+/// Answers one request of a connection.
+async fn answer(
+    accepted: Arc<Accepted>,
     clocks: Arc<Clocks>,
-}
-
-impl AsRef<[u8]> for Unsent {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
+    request: Request<Incoming>,
+) -> Response<Answer> {
+    let Accepted { service, traffic, remote, .. } = &*accepted;
+    let is_http2 = request.version() == Version::HTTP_2;
+    let in_progress = InProgress::begin(&clocks, is_http2);
+    traffic.reading.store(false, Ordering::Relaxed);
+    let (parts, mut body) = request.into_parts();
+    let response = service.answer_parts(parts, Pin::new(&mut body), *remote, &*clocks).await;
+    // What was read meanwhile belongs to this request.
+    traffic.reading.store(false, Ordering::Relaxed);
+    // A body without a length never tells its end over HTTP/1, but what was done has come whole.
+    if !response.status().is_success() && !body.is_end_stream() {
+        let max = service.discarded_max();
+        if is_http2 {
+            // As long as somebody has the stream, it is not reset.
+            tokio::spawn(body::discard_late(body, max));
+        } else {
+            traffic.linger(max);
+        }
     }
+    let piece_len = if is_http2 { SERVER_ANSWER_PIECE_LEN } else { usize::MAX };
+    let held = service.admission.hold();
+    let response = response.map(|bytes| {
+        let (rest, unsent) = clocks.track(bytes, held, is_http2);
+        Answer { rest, piece_len, unsent }
+    });
+    // Not before the answer counts as unsent: the connection is never at rest between the two.
+    drop(in_progress);
+    response
 }
 
-impl Drop for Unsent {
-    fn drop(&mut self) {
-        let mut responses = self.clocks.responses();
-        responses.unsent.remove(&self.number);
-        responses.last = Instant::now();
-    }
-}
-
-/// Counts a request while its answer is made, also if its stream is reset meanwhile.
-struct InProgress(Arc<Clocks>);
-
-impl InProgress {
-    fn begin(clocks: &Arc<Clocks>) -> Self {
-        clocks.in_progress.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(clocks))
-    }
-}
-
-impl Drop for InProgress {
-    fn drop(&mut self) {
-        self.0.responses().last = Instant::now();
-        self.0.in_progress.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Serves a connection to its end. `draining` turns true once the server ends.
-pub(super) async fn serve<S>(
-    service: Arc<Service>,
-    stream: S,
-    remote: SocketAddr,
-    idle_time: Duration,
-    mut draining: watch::Receiver<bool>,
-) where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let clocks = Arc::new(Clocks::new());
+fn builder(times: &Times) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(idle_time)
+        // The clocks come first: they can tell a connection that does nothing from a head that does not end.
+        .header_read_timeout(times.idle + times.head + END_TIME)
         .max_buf_size(BUFFER_LEN_MAX);
     builder
         .http2()
@@ -186,46 +148,109 @@ pub(super) async fn serve<S>(
         .max_header_list_size(HEAD_LEN_MAX)
         .keep_alive_interval(SERVER_TRANSFER_TIME)
         .keep_alive_timeout(SERVER_TRANSFER_TIME);
-    let answer = {
-        let (service, clocks) = (Arc::clone(&service), Arc::clone(&clocks));
-        move |request: Request<Incoming>| {
-            let (service, clocks) = (Arc::clone(&service), Arc::clone(&clocks));
-            async move {
-                let _in_progress = InProgress::begin(&clocks);
-                let response = service.answer_from(request, remote, &*clocks).await;
-                let held = service.admission.hold();
-                Ok::<_, Infallible>(response.map(|bytes| Full::new(clocks.track(bytes, held))))
-            }
+    builder
+}
+
+/// Serves a connection to its end.
+pub(super) async fn serve<S>(accepted: Accepted, stream: S, place: &Place)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let accepted = Arc::new(accepted);
+    let clocks = Arc::new(Clocks::new(accepted.began, place.seat()));
+    let Accepted { service, traffic, remote, began, times, draining } = &*accepted;
+    let fail = |why: &'static str| {
+        service.metrics.connections_failed.inc();
+        tracing::debug!(%remote, why, "a connection was ended");
+    };
+    let builder = builder(times);
+    let respond = {
+        let (accepted, clocks) = (Arc::clone(&accepted), Arc::clone(&clocks));
+        move |request| {
+            let answer = answer(Arc::clone(&accepted), Arc::clone(&clocks), request);
+            async move { Ok::<_, Infallible>(answer.await) }
         }
     };
-    let io = TokioIo::new(stream);
-    let mut connection = pin!(builder.serve_connection(io, service_fn(answer)));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service_fn(respond)));
+    let mut head_time = pin!(sleep_until((*began + times.head).into()));
+    let mut head_is_due = true;
+    let mut end_time = pin!(sleep_until((*began + times.head).into()));
+    let mut is_ending = false;
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut draining = draining.clone();
     let mut told_to_drain = false;
+    let mut observed = Observed::new(*began);
     loop {
-        tokio::select! {
+        let end_in = tokio::select! {
             ended = connection.as_mut() => {
                 if let Err(error) = ended {
-                    service.metrics.connections_failed.inc();
-                    tracing::debug!(%remote, %error, "a connection failed");
+                    failed(service, *remote, &clocks, &*error);
                 }
                 return;
             }
-            _ = ticks.tick() => match clocks.look(Instant::now(), idle_time) {
-                None => {}
-                Some(End::Idle) => connection.as_mut().graceful_shutdown(),
-                Some(End::Stalled(why)) => {
-                    service.metrics.connections_failed.inc();
-                    tracing::debug!(%remote, why, "a connection was ended");
-                    return;
+            () = head_time.as_mut(), if head_is_due => {
+                head_is_due = false;
+                if clocks.heads.load(Ordering::Relaxed) == 0 {
+                    return fail("no head came in time");
+                }
+                None
+            }
+            () = end_time.as_mut(), if is_ending => return fail("it did not end when it was told"),
+            _ = ticks.tick() => match clocks.look(Instant::now(), traffic, times, &mut observed) {
+                None => None,
+                Some(End::Gently) => Some(END_TIME),
+                Some(End::Stalled(why)) => return fail(why),
+            },
+            () = place.must_leave() => match clocks.may_leave() {
+                _ if !clocks.is_proven() => {
+                    service.metrics.connections_evicted.inc();
+                    return tracing::debug!(%remote, "a connection made room for another");
+                }
+                true => {
+                    service.metrics.connections_evicted.inc();
+                    Some(LEAVE_TIME)
+                }
+                false => {
+                    place.stay();
+                    None
                 }
             },
             _ = draining.wait_for(|draining| *draining), if !told_to_drain => {
                 told_to_drain = true;
                 connection.as_mut().graceful_shutdown();
+                None
             }
+        };
+        if let Some(time) = end_in
+            && !is_ending
+        {
+            is_ending = true;
+            end_time.as_mut().reset((Instant::now() + time).into());
+            connection.as_mut().graceful_shutdown();
         }
+    }
+}
+
+/// Tells of the end of a connection that was not in order, unless the client merely went.
+fn failed(
+    service: &Service,
+    remote: SocketAddr,
+    clocks: &Clocks,
+    error: &(dyn Error + Send + Sync + 'static),
+) {
+    let causes = Causes(error);
+    let at_rest = clocks.may_leave();
+    if is_peer_gone(error) {
+        if at_rest {
+            return tracing::trace!(%remote, error = %causes, "a client closed its connection");
+        }
+        service.metrics.connections_failed.inc();
+        return tracing::debug!(%remote, error = %causes, "a client went before its answer");
+    }
+    service.metrics.connections_failed.inc();
+    if let Some(not_logged) = service.breaches.take() {
+        tracing::info!(%remote, error = %causes, not_logged, "a connection failed");
     }
 }
 
@@ -236,33 +261,4 @@ pub(super) fn plain(status: u16, content_type: &'static str, body: Bytes) -> Res
         .header("content-type", content_type)
         .body(Full::new(body))
         .expect("a status of ours")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::server::admission::Admission;
-
-    const IDLE: Duration = Duration::from_secs(75);
-
-    #[test]
-    fn clocks_end_what_does_nothing() {
-        let clocks = Arc::new(Clocks::new());
-        let after = |seconds| Instant::now() + Duration::from_secs(seconds);
-        assert_eq!(clocks.look(after(0), IDLE), None);
-        assert!(matches!(clocks.look(after(25), IDLE), Some(End::Stalled(_))));
-        clocks.authenticated();
-        assert_eq!(clocks.look(after(25), IDLE), None);
-        assert_eq!(clocks.look(after(80), IDLE), Some(End::Idle));
-        let in_progress = InProgress::begin(&clocks);
-        assert_eq!(clocks.look(after(80), IDLE), None);
-        drop(in_progress);
-        let track = |bytes| clocks.track(bytes, Admission::new(1, None).hold());
-        let (unsent, long) = (track(Bytes::from_static(b"key")), vec![0; 100 << 20]);
-        assert!(matches!(clocks.look(after(40), IDLE), Some(End::Stalled(_))));
-        drop(unsent);
-        assert_eq!(clocks.look(after(40), IDLE), None);
-        let _long = track(Bytes::from(long));
-        assert_eq!(clocks.look(after(600), IDLE), None);
-    }
 }

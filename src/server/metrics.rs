@@ -31,6 +31,9 @@ pub(super) struct Metrics {
     of_api: Vec<OfApi>,
     pub(super) connections: IntGauge,
     pub(super) connections_failed: IntCounter,
+    pub(super) connections_evicted: IntCounter,
+    handshakes_failed: IntCounterVec,
+    certificate_expiry: IntGauge,
     pub(super) audit_skipped: IntCounter,
     pub(super) panics: IntCounter,
     draining: IntGauge,
@@ -56,6 +59,8 @@ pub(super) struct Now<'a> {
     pub(super) audit_failing: bool,
     pub(super) audit_reopened: u64,
     pub(super) draining: bool,
+    /// Unix time.
+    pub(super) certificate_expiry: i64,
 }
 
 impl Metrics {
@@ -99,6 +104,11 @@ impl Metrics {
             &["operation"],
         )?;
         registry.register(Box::new(seconds.clone()))?;
+        let handshakes_failed = counters(
+            "keymill_tls_handshakes_failed_total",
+            "TLS handshakes that failed, by what was wrong",
+            &["reason"],
+        )?;
         let wraps_left = IntGaugeVec::new(
             Opts::new(
                 "keymill_wraps_left",
@@ -118,6 +128,15 @@ impl Metrics {
             connections_failed: counter(
                 "keymill_connections_failed_total",
                 "Connections ended by a failed handshake, a breach of HTTP or a time limit",
+            )?,
+            connections_evicted: counter(
+                "keymill_connections_evicted_total",
+                "Connections that made room for others when places or file descriptors ran out",
+            )?,
+            handshakes_failed,
+            certificate_expiry: gauge(
+                "keymill_tls_certificate_expiry_seconds",
+                "Unix time at which the first certificate of the server's chain expires; 0 without TLS",
             )?,
             audit_skipped: counter(
                 "keymill_audit_skipped_total",
@@ -173,9 +192,23 @@ impl Metrics {
         }
     }
 
+    /// Counts a TLS handshake that failed, which is a connection that failed.
+    pub(super) fn count_handshake(&self, reason: &str) {
+        self.connections_failed.inc();
+        self.handshakes_failed.with_label_values(&[reason]).inc();
+    }
+
     /// Everything, in Prometheus's text format.
     pub(super) fn text(&self, now: &Now<'_>) -> Vec<u8> {
-        let Now { engine, keys_in_progress, audit_failing, audit_reopened, draining } = *now;
+        let Now {
+            engine,
+            keys_in_progress,
+            audit_failing,
+            audit_reopened,
+            draining,
+            certificate_expiry,
+        } = *now;
+        self.certificate_expiry.set(certificate_expiry);
         let gauge = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         self.keys_in_progress.set(gauge(keys_in_progress));
         self.audit_failing.set(audit_failing.into());

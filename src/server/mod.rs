@@ -5,8 +5,9 @@
 //!
 //! [`Service`] answers requests; [`Server`] puts it on a socket, with TLS, limits and clocks, and ends it in order. The
 //! rooms: `head` and `auth` (who asks for what), `work` and `batch` (the operations), `body` and `encode` (what comes
-//! and what goes), `refusal` (errors), `admission` (load), `audit` and `metrics`, `connection`, `tls`, `workers` and
-//! `observe` (sockets).
+//! and what goes), `refusal` (errors), `admission` (load), `audit` and `metrics`, `places` and `descriptors` (how many
+//! connections), `handshake`, `connection`, `clocks` and `traffic` (one of them), `tls`, `certificate` and `pem`,
+//! `failures`, `workers` and `observe`.
 //!
 //! ```no_run
 //! use keymill::{Engine, server::{Server, ServerConfig}};
@@ -31,25 +32,29 @@ mod audit;
 mod auth;
 mod batch;
 mod body;
+mod certificate;
+mod clocks;
 mod connection;
+mod descriptors;
 mod encode;
+mod failures;
+mod handshake;
 mod head;
 mod metrics;
 mod observe;
+mod pem;
+mod places;
 pub mod proto;
 mod refusal;
 mod service;
 mod tls;
+mod traffic;
 mod work;
 mod workers;
 
 use std::{io, net::SocketAddr, num::NonZeroUsize, sync::Arc, thread, time::Duration};
 
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
-    task::JoinSet,
-};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 
 pub use audit::AuditConfig;
 pub use service::Service;
@@ -58,9 +63,14 @@ pub use tls::TlsFiles;
 use crate::{
     engine::Engine,
     limits::{
-        SERVER_BATCH_BODY_LEN_DEFAULT, SERVER_CONNECTIONS_DEFAULT, SERVER_KEYS_IN_PROGRESS_DEFAULT,
+        SERVER_BATCH_BODY_LEN_DEFAULT, SERVER_CONNECTIONS_DEFAULT, SERVER_HEAD_TIME_DEFAULT,
+        SERVER_KEYS_IN_PROGRESS_DEFAULT, SERVER_SOURCE_CONNECTIONS_MIN, SERVER_SOURCE_PART,
+        SERVER_STALL_TIME_DEFAULT,
     },
 };
+use clocks::Times;
+use descriptors::Connections;
+use places::Places;
 use tls::Tls;
 use workers::Workers;
 
@@ -85,12 +95,20 @@ pub struct ServerConfig {
     pub keys_in_progress_max: u64,
     /// Data keys a second; what is beyond is answered 429. A batch may overdraw it, and what follows waits.
     pub keys_per_second: Option<u32>,
-    /// Connections at once; more wait to be accepted.
+    /// Connections at once, as far as the process may open files. A further one takes the place of the oldest that has
+    /// sent no authenticated request, else of one that has nothing to do, else it waits.
     pub connections_max: usize,
+    /// Connections without an authenticated request from one address (IPv6: one /64 network) beyond which it makes room
+    /// for itself. Counts only when places run out, and not for loopback. `None` is an eighth of all places.
+    pub source_connections_max: Option<usize>,
     /// Threads that serve connections, each of which stays on one of them.
     pub threads: NonZeroUsize,
     /// How long a connection may do nothing.
     pub idle_time: Duration,
+    /// How long a new connection has for its first head, TLS included, and every later head from its first byte on.
+    pub head_time: Duration,
+    /// How long nothing of an answer may leave a connection.
+    pub stall_time: Duration,
     /// How long a server that ends waits for its connections.
     pub drain_time: Duration,
 }
@@ -108,8 +126,11 @@ impl ServerConfig {
             keys_in_progress_max: SERVER_KEYS_IN_PROGRESS_DEFAULT,
             keys_per_second: None,
             connections_max: SERVER_CONNECTIONS_DEFAULT,
+            source_connections_max: None,
             threads: thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             idle_time: Duration::from_secs(75),
+            head_time: SERVER_HEAD_TIME_DEFAULT,
+            stall_time: SERVER_STALL_TIME_DEFAULT,
             drain_time: Duration::from_secs(25),
         }
     }
@@ -122,6 +143,7 @@ pub struct Server {
     listener: TcpListener,
     observer: Option<TcpListener>,
     workers: Workers,
+    connections: Connections,
     config: ServerConfig,
 }
 
@@ -129,6 +151,7 @@ pub struct Server {
 struct Shared {
     service: Arc<Service>,
     tls: Option<Tls>,
+    places: Arc<Places>,
     draining: watch::Sender<bool>,
 }
 
@@ -160,10 +183,8 @@ impl Handle {
 
 /// How often TLS files are looked at, and what the engine does by itself is written down.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
-/// Time for a TLS handshake.
-const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// Pause after a connection could not be accepted, as when there are no more file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 impl Server {
     /// Opens the audit log, reads the TLS files and binds the addresses. What cannot work is refused here: a log that
@@ -187,9 +208,23 @@ impl Server {
         };
         let service = Arc::new(Service::new(engine, config)?);
         let (draining, _) = watch::channel(false);
-        let shared = Arc::new(Shared { service: Arc::clone(&service), tls, draining });
+        let connections = Connections::within_limit(config);
+        let part = connections.clients / SERVER_SOURCE_PART;
+        let of_source = config.source_connections_max;
+        let of_source = of_source.unwrap_or(part.max(SERVER_SOURCE_CONNECTIONS_MIN));
+        let places = Places::new(connections.clients, of_source);
+        if let Some(tls) = &tls {
+            tls.tell_expiry(&service.certificate_expiry);
+        }
+        let shared = Arc::new(Shared { service: Arc::clone(&service), tls, places, draining });
         let workers = Workers::start(config.threads.get())?;
-        Ok(Self { service, shared, listener, observer, workers, config: config.clone() })
+        let config = config.clone();
+        Ok(Self { service, shared, listener, observer, workers, connections, config })
+    }
+
+    /// Connections at once: those of the configuration, or what the limit of open files leaves of them.
+    pub fn connections_max(&self) -> usize {
+        self.connections.clients
     }
 
     /// Where clients connect.
@@ -212,44 +247,40 @@ impl Server {
     /// Returns whether all of it ended in time and no record of the audit log was lost. The end takes a few seconds more
     /// if the audit log cannot be written.
     pub async fn run(self) -> bool {
-        let Self { service, shared, listener, observer, workers, config } = self;
-        let observing =
-            observer.map(|listener| tokio::spawn(observe::serve(Arc::clone(&service), listener)));
+        let Self { service, shared, listener, observer, workers, connections, config } = self;
+        let observing = observer.map(|listener| {
+            tokio::spawn(observe::serve(Arc::clone(&shared), listener, connections.watchers))
+        });
         let mut connections = JoinSet::new();
-        let places = Arc::new(Semaphore::new(config.connections_max));
+        let times =
+            Times { idle: config.idle_time, head: config.head_time, stall: config.stall_time };
         let mut draining = shared.draining.subscribe();
         let mut ticks = tokio::time::interval(TICK_INTERVAL);
+        // Accepted, and without a place yet.
+        let mut newcomer: Option<(std::net::TcpStream, SocketAddr)> = None;
         loop {
+            let remote = newcomer.as_ref().map(|(_, remote)| *remote);
             tokio::select! {
                 biased;
                 // What it returns holds a lock, and would keep this future from being `Send`.
                 () = async { drop(draining.wait_for(|draining| *draining).await) } => break,
-                _ = ticks.tick() => {
-                    service.write_down_due_work();
-                    if let Some(tls) = &shared.tls {
-                        tls.reload(false);
-                    }
-                }
+                _ = ticks.tick() => shared.tick(),
                 // Takes what has ended out of the set.
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
-                accepted = accept(&listener, &places) => match accepted {
-                    Ok((stream, remote, place)) => {
-                        let (shared, idle_time) = (Arc::clone(&shared), config.idle_time);
-                        let serve = async move {
-                            let _place = place;
-                            connection(shared, stream, remote, idle_time).await;
-                        };
-                        connections.spawn_on(serve, workers.next());
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "a connection cannot be accepted");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                    }
+                place = shared.place(remote), if remote.is_some() => {
+                    let Some((stream, remote)) = newcomer.take() else { continue };
+                    let shared = Arc::clone(&shared);
+                    let serve = handshake::connection(shared, stream, remote, times, place);
+                    connections.spawn_on(serve, workers.next());
+                }
+                accepted = accept(&listener), if remote.is_none() => match accepted {
+                    Ok(accepted) => newcomer = Some(accepted),
+                    Err(error) => shared.not_accepted(&error).await,
                 },
             }
         }
         // From here on connections are refused by the system, and clients try elsewhere.
-        drop(listener);
+        drop((listener, newcomer));
         let all = async {
             while connections.join_next().await.is_some() {}
             service.quiet().await;
@@ -269,53 +300,53 @@ impl Server {
     }
 }
 
+impl Shared {
+    /// What is looked at all the time.
+    fn tick(&self) {
+        self.service.write_down_due_work();
+        if let Some(tls) = &self.tls {
+            tls.reload(false);
+            tls.tell_expiry(&self.service.certificate_expiry);
+        }
+        if let Some(count) = self.service.breaches.rest() {
+            tracing::info!(count, "further connections failed");
+        }
+        if let Some(count) = self.service.handshakes.rest() {
+            tracing::info!(count, "further TLS handshakes failed");
+        }
+    }
+
+    /// A place for a connection from `remote`, once there is one.
+    async fn place(&self, remote: Option<SocketAddr>) -> places::Place {
+        match remote {
+            Some(remote) => self.places.take(remote).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Makes room if file descriptors ran out, and lets a moment pass.
+    async fn not_accepted(&self, error: &io::Error) {
+        // ECONNABORTED and its like: that client has gone, and the next one waits.
+        if error.kind() == io::ErrorKind::ConnectionAborted {
+            return;
+        }
+        let made_room = self.places.make_room();
+        if let Some(not_logged) = self.service.not_accepted.take() {
+            tracing::warn!(%error, made_room, not_logged, "a connection cannot be accepted");
+        }
+        tokio::time::sleep(ACCEPT_PAUSE).await;
+    }
+}
+
 async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address)
         .await
         .map_err(|error| io::Error::new(error.kind(), format!("{address}: {error}")))
 }
 
-async fn accept(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> io::Result<(std::net::TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
-    let place = Arc::clone(places).acquire_owned().await.expect("nobody closes it");
+async fn accept(listener: &TcpListener) -> io::Result<(std::net::TcpStream, SocketAddr)> {
     let (stream, remote) = listener.accept().await?;
     // Answers are written whole; waiting for more would only delay them.
     let _ = stream.set_nodelay(true);
-    Ok((stream.into_std()?, remote, place))
-}
-
-async fn connection(
-    shared: Arc<Shared>,
-    stream: std::net::TcpStream,
-    remote: SocketAddr,
-    idle_time: Duration,
-) {
-    // From here on it belongs to the runtime of this thread.
-    let stream = match TcpStream::from_std(stream) {
-        Ok(stream) => stream,
-        Err(error) => return tracing::warn!(%error, "a connection cannot be served"),
-    };
-    let service = Arc::clone(&shared.service);
-    let draining = shared.draining.subscribe();
-    let connections = service.metrics.connections.clone();
-    connections.inc();
-    match &shared.tls {
-        None => connection::serve(service, stream, remote, idle_time, draining).await,
-        Some(tls) => {
-            let handshake = tls.acceptor().accept(stream);
-            match tokio::time::timeout(HANDSHAKE_TIME, handshake).await {
-                Ok(Ok(stream)) => {
-                    connection::serve(service, stream, remote, idle_time, draining).await;
-                }
-                Ok(Err(error)) => {
-                    service.metrics.connections_failed.inc();
-                    tracing::debug!(%remote, %error, "a TLS handshake failed");
-                }
-                Err(_) => service.metrics.connections_failed.inc(),
-            }
-        }
-    }
-    connections.dec();
+    Ok((stream.into_std()?, remote))
 }

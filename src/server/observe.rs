@@ -1,5 +1,8 @@
 //! The listener for those who watch the server: `/healthz`, `/readyz` and `/metrics`, on an address of its own, without
 //! TLS and without a client's key. Nothing secret is told here.
+//!
+//! It has places of its own, so that a crowd of clients does not hide the server from those who watch it. When these
+//! run out, the oldest connection makes room.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -9,45 +12,52 @@ use hyper::{Method, Request, Response, body::Incoming, server::conn::http1, serv
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{connection::plain, service::Service};
+use super::{
+    Shared,
+    connection::plain,
+    places::{Place, Places},
+    service::Service,
+};
 
 const TEXT: &str = "text/plain; charset=utf-8";
 /// Prometheus's text format.
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Time for a head to arrive, and for a connection in all.
-const HEAD_TIME: Duration = Duration::from_secs(10);
+const HEAD_TIME: Duration = Duration::from_secs(5);
 const CONNECTION_TIME: Duration = Duration::from_secs(120);
-/// Connections at once.
-const CONNECTIONS_MAX: usize = 64;
 
 /// Serves until it is dropped.
-pub(super) async fn serve(service: Arc<Service>, listener: TcpListener) {
-    let places = Arc::new(tokio::sync::Semaphore::new(CONNECTIONS_MAX));
+pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener, connections_max: usize) {
+    // Nobody proves anything here, so age alone counts.
+    let places = Places::new(connections_max, usize::MAX);
     loop {
-        let place = Arc::clone(&places).acquire_owned().await;
-        let place = place.expect("nobody closes it");
-        let Ok((stream, _)) = listener.accept().await else {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            continue;
+        let (stream, remote) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                places.make_room();
+                shared.not_accepted(&error).await;
+                continue;
+            }
         };
-        let service = Arc::clone(&service);
-        tokio::spawn(async move {
-            let _place = place;
-            let _ = tokio::time::timeout(CONNECTION_TIME, connection(service, stream)).await;
-        });
+        let place = places.take(remote).await;
+        let service = Arc::clone(&shared.service);
+        tokio::spawn(tokio::time::timeout(CONNECTION_TIME, connection(service, stream, place)));
     }
 }
 
-async fn connection(service: Arc<Service>, stream: TcpStream) {
+async fn connection(service: Arc<Service>, stream: TcpStream, place: Place) {
     let answer = |request: Request<Incoming>| {
         let service = Arc::clone(&service);
         async move { Ok::<_, Infallible>(answer(service, &request).await) }
     };
-    let _ = http1::Builder::new()
+    let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME)
-        .serve_connection(TokioIo::new(stream), service_fn(answer))
-        .await;
+        .serve_connection(TokioIo::new(stream), service_fn(answer));
+    tokio::select! {
+        _ = served => {}
+        () = place.must_leave() => {}
+    }
 }
 
 async fn answer(service: Arc<Service>, request: &Request<Incoming>) -> Response<Full<Bytes>> {

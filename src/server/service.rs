@@ -7,7 +7,10 @@ use std::{
     net::SocketAddr,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -29,6 +32,7 @@ use super::{
     audit::{self, Audit, Event, Record, Slot, Taboo},
     auth::Signers,
     body, encode,
+    failures::Quota,
     head::{Claims, Head, MEDIA_TYPE, VERSION_HEADER, body_hash_refused},
     metrics::{Metrics, Now, OK},
     refusal::Refusal,
@@ -38,7 +42,7 @@ use crate::{
     clients::{Client, ClientId},
     engine::{DueEvent, DueEventKind, Engine},
     error::{Error, ErrorKind},
-    limits::SERVER_LIGHT_BODY_LEN_MAX,
+    limits::{SERVER_BODY_LEN_MAX, SERVER_LIGHT_BODY_LEN_MAX},
     request_id::RequestId,
 };
 
@@ -52,12 +56,20 @@ pub struct Service {
     pub(super) admission: Admission,
     pub(super) metrics: Metrics,
     pub(super) audit: Audit,
+    /// Of the log, for what others can cause.
+    pub(super) breaches: Quota,
+    pub(super) handshakes: Quota,
+    pub(super) not_accepted: Quota,
+    /// Unix time of the first of the server's certificates; 0 without TLS.
+    pub(super) certificate_expiry: Arc<AtomicI64>,
 }
 
 /// What a connection is told of its requests.
 pub(super) trait Watch {
     /// A request with a good signature came.
     fn authenticated(&self) {}
+    /// Its body came, too.
+    fn received(&self) {}
 }
 
 /// Nobody.
@@ -135,6 +147,10 @@ impl Service {
             admission: Admission::new(config.keys_in_progress_max, config.keys_per_second),
             metrics: Metrics::new(),
             audit,
+            breaches: Quota::default(),
+            handshakes: Quota::default(),
+            not_accepted: Quota::default(),
+            certificate_expiry: Arc::default(),
         })
     }
 
@@ -145,13 +161,15 @@ impl Service {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-        self.answer_from(request, nowhere, &Unwatched).await
+        let (parts, body) = request.into_parts();
+        self.answer_parts(parts, pin!(body), nowhere, &Unwatched).await
     }
 
-    /// Answers a request from `remote`.
-    pub(super) async fn answer_from<B>(
+    /// Answers a request from `remote`. What is left of the body then was not on its way, or would take too long.
+    pub(super) async fn answer_parts<B>(
         self: &Arc<Self>,
-        request: Request<B>,
+        parts: Parts,
+        mut body: Pin<&mut B>,
         remote: SocketAddr,
         watcher: &impl Watch,
     ) -> Response<Bytes>
@@ -160,8 +178,6 @@ impl Service {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let start = Instant::now();
-        let (parts, body) = request.into_parts();
-        let mut body = pin!(body);
         let mut facts = Facts { client: None, slot: None, remote, start };
         let work = self.perform(&parts, body.as_mut(), watcher, &mut facts);
         let refused = match catch_panic(work).await {
@@ -173,8 +189,13 @@ impl Service {
             None => self.panicked(),
         };
         let response = self.finish(&parts, facts, refused).await;
-        body::discard(&parts, body, self.batch_body_max).await;
+        body::discard(&parts, body, self.discarded_max()).await;
         response
+    }
+
+    /// Most bytes of a body that are read although nobody wants them.
+    pub(super) fn discarded_max(&self) -> usize {
+        self.batch_body_max.max(2 * SERVER_BODY_LEN_MAX)
     }
 
     /// Does what a request asks for, or finds that this is for another thread. `facts` holds what is known of the
@@ -202,6 +223,7 @@ impl Service {
         }
         let mut held = self.admission.hold();
         let body = body::read(body, api.body_max(self.batch_body_max), &mut held).await?;
+        watcher.received();
         // Not before: whoever sends many bodies slowly would hold places that others need.
         facts.slot = Some(self.audit.reserve()?);
         let call = Call { head, client: signer, _held: held };
@@ -393,6 +415,7 @@ impl Service {
             audit_failing: self.audit.is_failing(),
             audit_reopened: self.audit.reopened(),
             draining: self.admission.is_draining(),
+            certificate_expiry: self.certificate_expiry.load(Ordering::Relaxed),
         })
     }
 }

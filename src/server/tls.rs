@@ -5,17 +5,28 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-    time::SystemTime,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwap;
 use rustls::{
-    RootCertStore, ServerConfig,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    server::WebPkiClientVerifier,
+    InconsistentKeys, RootCertStore, ServerConfig,
+    crypto::CryptoProvider,
+    pki_types::{CertificateDer, PrivateKeyDer},
+    server::{WebPkiClientVerifier, danger::ClientCertVerifier},
+    sign::CertifiedKey,
 };
 use tokio_rustls::TlsAcceptor;
+
+use super::{
+    certificate::{self, Validity},
+    failures::Causes,
+    pem::{self, KINDS, unusable},
+};
 
 /// Where the certificates are, all in PEM.
 #[derive(Clone, Debug)]
@@ -33,7 +44,17 @@ pub(super) struct Tls {
     files: TlsFiles,
     config: ArcSwap<ServerConfig>,
     stamps: Mutex<Vec<Stamp>>,
+    expiry: Mutex<Expiry>,
 }
+
+/// How long the certificates in use are good, and when somebody was last told that this is not long.
+struct Expiry {
+    validity: Validity,
+    told: Option<Instant>,
+}
+
+/// Time between two warnings of the same certificate.
+const WARNING_INTERVAL: Duration = Duration::from_secs(86_400);
 
 /// What tells that a file was changed.
 type Stamp = Option<(SystemTime, u64, u64)>;
@@ -41,13 +62,32 @@ type Stamp = Option<(SystemTime, u64, u64)>;
 impl Tls {
     pub(super) fn open(files: &TlsFiles) -> io::Result<Self> {
         let stamps = Mutex::new(stamps(files));
-        let config = ArcSwap::from_pointee(read(files)?);
-        Ok(Self { files: files.clone(), config, stamps })
+        let (config, validity) = read(files)?;
+        let config = ArcSwap::from_pointee(config);
+        let expiry = Mutex::new(Expiry { validity, told: None });
+        Ok(Self { files: files.clone(), config, stamps, expiry })
     }
 
     /// What the next connection is accepted with.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(self.config.load_full())
+    }
+
+    fn expiry(&self) -> MutexGuard<'_, Expiry> {
+        self.expiry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Warns of certificates that are not valid, or not much longer, once a day. Stores when the first expires.
+    pub(super) fn tell_expiry(&self, gauge: &AtomicI64) {
+        let mut expiry = self.expiry();
+        gauge.store(expiry.validity.to, Ordering::Relaxed);
+        if expiry.told.is_some_and(|told| told.elapsed() < WARNING_INTERVAL) {
+            return;
+        }
+        if let Some(warning) = expiry.validity.warning(SystemTime::now()) {
+            expiry.told = Some(Instant::now());
+            tracing::warn!("{:?}: the TLS certificate {warning}", self.files.certificate);
+        }
     }
 
     /// Reads the files again if one of them has changed, or whenever `always`.
@@ -59,8 +99,9 @@ impl Tls {
         }
         *stamps = now;
         match read(&self.files) {
-            Ok(config) => {
+            Ok((config, validity)) => {
                 self.config.store(Arc::new(config));
+                *self.expiry() = Expiry { validity, told: None };
                 tracing::info!("the TLS certificate was read again");
             }
             Err(error) => {
@@ -80,45 +121,82 @@ fn stamps(files: &TlsFiles) -> Vec<Stamp> {
     [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten().map(stamp).collect()
 }
 
-fn read(files: &TlsFiles) -> io::Result<ServerConfig> {
+fn read(files: &TlsFiles) -> io::Result<(ServerConfig, Validity)> {
     let TlsFiles { certificate, key, client_ca } = files;
-    let chain = certificates(certificate)?;
-    let private = PrivateKeyDer::from_pem_file(key).map_err(|error| bad(key, error))?;
+    let chain = pem::certificates(certificate)?;
+    let private = pem::private_key(key)?;
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let validity = certificate::validity(&chain).map_err(|why| unusable(certificate, why))?;
+    check_pair(files, &chain, &private, &provider)?;
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
-        .map_err(|error| bad(certificate, error))?;
+        .map_err(|error| unusable(certificate, error))?;
     let builder = match client_ca {
         None => builder.with_no_client_auth(),
-        Some(path) => {
-            let mut roots = RootCertStore::empty();
-            for ca in certificates(path)? {
-                roots.add(ca).map_err(|error| bad(path, error))?;
-            }
-            let verifier =
-                WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
-            builder.with_client_cert_verifier(verifier.map_err(|error| bad(path, error))?)
-        }
+        Some(path) => builder.with_client_cert_verifier(clients(path, provider)?),
     };
-    let mut config =
-        builder.with_single_cert(chain, private).map_err(|error| bad(certificate, error))?;
+    let mut config = builder
+        .with_single_cert(chain, private)
+        .map_err(|error| unusable(certificate, Causes(&error)))?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
+    Ok((config, validity))
 }
 
-fn certificates(path: &Path) -> io::Result<Vec<CertificateDer<'static>>> {
-    let all: Result<Vec<_>, _> =
-        CertificateDer::pem_file_iter(path).map_err(|error| bad(path, error))?.collect();
-    match all.map_err(|error| bad(path, error))? {
-        none if none.is_empty() => Err(bad(path, "there is no PEM certificate in it")),
-        some => Ok(some),
+/// Whether the chain begins with the certificate of this key, and both can be used.
+fn check_pair(
+    files: &TlsFiles,
+    chain: &[CertificateDer<'static>],
+    private: &PrivateKeyDer<'static>,
+    provider: &CryptoProvider,
+) -> io::Result<()> {
+    let TlsFiles { certificate, key, .. } = files;
+    let not_usable = certificate::unusable(chain).map_err(|why| unusable(certificate, why))?;
+    if let Some(why) = not_usable {
+        return Err(unusable(certificate, why));
     }
+    let signing = provider
+        .key_provider
+        .load_private_key(private.clone_key())
+        .map_err(|_| unusable(key, format!("the key cannot be used: {KINDS}")))?;
+    let is_of = |der: &CertificateDer<'static>| {
+        CertifiedKey::new(vec![der.clone()], Arc::clone(&signing)).keys_match()
+    };
+    let mismatch = Err(rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch));
+    if chain.first().is_some_and(|own| is_of(own) == mismatch) {
+        return Err(match chain.iter().position(|der| is_of(der).is_ok()) {
+            Some(index) => unusable(
+                certificate,
+                format!(
+                    "the chain is in the wrong order: the server's own certificate is number {}, \
+                     and has to come first, then the one that signed it, and so on",
+                    index + 1
+                ),
+            ),
+            None => unusable(
+                certificate,
+                format!("no certificate of it belongs to the private key in {key:?}"),
+            ),
+        });
+    }
+    if let Some(number) = certificate::first_gap(chain) {
+        let next = number + 1;
+        tracing::warn!(
+            "{certificate:?}: certificate {next} of the chain did not sign certificate {number}: \
+             clients may find no way to their CA"
+        );
+    }
+    Ok(())
 }
 
-fn bad(path: &Path, error: impl std::fmt::Display) -> io::Error {
-    let kind = match fs::metadata(path) {
-        Ok(_) => io::ErrorKind::InvalidData,
-        Err(error) => error.kind(),
-    };
-    io::Error::new(kind, format!("{path:?}: {error}"))
+/// What clients' certificates are checked by.
+fn clients(path: &Path, provider: Arc<CryptoProvider>) -> io::Result<Arc<dyn ClientCertVerifier>> {
+    let mut roots = RootCertStore::empty();
+    for ca in pem::certificates(path)? {
+        let sentence = certificate::unusable_ca(&ca);
+        roots.add(ca).map_err(|error| {
+            unusable(path, sentence.unwrap_or_else(|| Causes(&error).to_string()))
+        })?;
+    }
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
+    verifier.map_err(|error| unusable(path, Causes(&error)))
 }

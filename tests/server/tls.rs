@@ -88,32 +88,37 @@ fn write_pem(path: &Path, label: &str, der: &[u8]) {
 }
 
 /// A directory with the files of a server.
-struct Files {
+pub(crate) struct Files {
     home: tempfile::TempDir,
     authority: Authority,
 }
 
 impl Files {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let files = Self { home: tempfile::tempdir().unwrap(), authority: Authority::new() };
         files.renew();
         write_pem(&files.path("ca.pem"), "CERTIFICATE", &files.authority.der());
         files
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.home.path().join(name)
     }
 
     /// Puts a new certificate in the place of the old one, and returns it.
-    fn renew(&self) -> Vec<u8> {
+    pub(crate) fn renew(&self) -> Vec<u8> {
         let Certified { certificate, key } = self.authority.sign();
         write_pem(&self.path("server.key"), "PRIVATE KEY", &key);
         write_pem(&self.path("server.pem"), "CERTIFICATE", &certificate);
         certificate
     }
 
-    fn tls(&self, client_ca: bool) -> TlsFiles {
+    /// The TLS of a client that trusts the server and has no certificate.
+    pub(crate) fn client(&self, alpn: &[&str]) -> TlsConnector {
+        self.authority.client(None, alpn)
+    }
+
+    pub(crate) fn tls(&self, client_ca: bool) -> TlsFiles {
         TlsFiles {
             certificate: self.path("server.pem"),
             key: self.path("server.key"),
@@ -127,7 +132,7 @@ impl Files {
     }
 }
 
-async fn connect(
+pub(crate) async fn connect(
     connector: &TlsConnector,
     address: SocketAddr,
 ) -> std::io::Result<TlsStream<TcpStream>> {

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, Write},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     num::NonZeroUsize,
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
@@ -12,7 +12,10 @@ use std::{
 };
 
 use clap::{ArgAction, ValueEnum, builder::BoolishValueParser, value_parser};
-use keymill::server::{AuditConfig, Handle, Server, ServerConfig, TlsFiles};
+use keymill::{
+    Tier,
+    server::{AuditConfig, Handle, Server, ServerConfig, TlsFiles},
+};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -27,7 +30,8 @@ use crate::{
 #[command(after_help = NOTES)]
 pub(crate) struct Args {
     /// Where clients connect: an IP address and a port, of which 0 is one that is free
-    #[arg(long, value_name = "ADDR", env = "KEYMILL_LISTEN", hide_env_values = true)]
+    #[arg(long, value_name = "ADDR", env = "KEYMILL_LISTEN", hide_env_values = true,
+          value_parser = address)]
     listen: SocketAddr,
 
     /// The server's certificate chain, PEM; read again when it changes
@@ -49,7 +53,8 @@ pub(crate) struct Args {
     plain_http: bool,
 
     /// Where /metrics, /healthz and /readyz are, in plain HTTP
-    #[arg(long, value_name = "ADDR", env = "KEYMILL_METRICS", hide_env_values = true)]
+    #[arg(long, value_name = "ADDR", env = "KEYMILL_METRICS", hide_env_values = true,
+          value_parser = address)]
     metrics: Option<SocketAddr>,
 
     /// Append a JSON line for each request to FILE. Once it cannot be written, no more keys are made
@@ -81,10 +86,27 @@ pub(crate) struct Args {
           value_parser = value_parser!(u32).range(1..))]
     keys_per_second: Option<u32>,
 
-    /// Connections at once; more wait to be accepted
+    /// Connections at once, as far as the limit of open files allows. A further one takes the place of
+    /// the oldest without an authenticated request, else of one that has nothing to do, else it waits
     #[arg(long, value_name = "N", env = "KEYMILL_CONNECTIONS", hide_env_values = true,
           default_value_t = 4096, value_parser = value_parser!(u32).range(1..=1 << 20))]
     connections: u32,
+
+    /// Connections without an authenticated request from one address (IPv6: one /64) beyond which it
+    /// makes room for itself when places run out; loopback is exempt [default: an eighth of all]
+    #[arg(long, value_name = "N", env = "KEYMILL_CONNECTIONS_PER_SOURCE", hide_env_values = true,
+          value_parser = value_parser!(u32).range(1..))]
+    connections_per_source: Option<u32>,
+
+    /// Seconds that a new connection has for its first request head, TLS included
+    #[arg(long, value_name = "N", env = "KEYMILL_HEAD_SECONDS", hide_env_values = true,
+          default_value_t = 5, value_parser = value_parser!(u16).range(1..=3600))]
+    head_seconds: u16,
+
+    /// Seconds after which a connection ends if its client reads nothing of an answer
+    #[arg(long, value_name = "N", env = "KEYMILL_STALL_SECONDS", hide_env_values = true,
+          default_value_t = 10, value_parser = value_parser!(u16).range(1..=3600))]
+    stall_seconds: u16,
 
     /// Seconds that a connection may do nothing
     #[arg(long, value_name = "N", env = "KEYMILL_IDLE_SECONDS", hide_env_values = true,
@@ -116,6 +138,33 @@ fn threads(text: &str) -> std::result::Result<NonZeroUsize, String> {
     const MAX: usize = 1024;
     let threads = text.parse().ok().filter(|threads: &NonZeroUsize| threads.get() <= MAX);
     threads.ok_or_else(|| format!("threads are 1 to {MAX}"))
+}
+
+/// An address and a port, or a sentence that says how to write what was probably meant.
+fn address(text: &str) -> std::result::Result<SocketAddr, String> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    let plain = text.trim();
+    let plain = plain.split_once("://").map_or(plain, |(_, rest)| rest).trim_end_matches('/');
+    let (host, port) = match plain.rsplit_once(':') {
+        Some((host, port)) if port.parse::<u16>().is_ok() && !host.ends_with(':') => {
+            (host, port.to_owned())
+        }
+        _ if plain.parse::<u16>().is_ok() => ("", plain.to_owned()),
+        _ => (plain, "PORT".to_owned()),
+    };
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    let meant = match bare {
+        "" | "*" => format!("127.0.0.1:{port}, or 0.0.0.0:{port} for every address"),
+        "localhost" => format!("127.0.0.1:{port} or [::1]:{port}"),
+        _ => match bare.parse() {
+            Ok(IpAddr::V4(ip)) => format!("{ip}:{port}"),
+            Ok(IpAddr::V6(ip)) => format!("[{ip}]:{port}"),
+            Err(_) => "127.0.0.1:8080 or [::1]:8080; names are not looked up".to_owned(),
+        },
+    };
+    Err(format!("an IP address and a port of at most 65535 are needed: {meant}"))
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -154,6 +203,7 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     let config = args.config(home)?;
     args.logs().start()?;
     let engine = home.open()?;
+    let tier = engine.tier();
     // Accepts connections and signals; the server has threads of its own for the rest.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| {
@@ -162,6 +212,7 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     let (in_order, lost) = runtime.block_on(async {
         let mut signals = Signals::catch()?;
         let server = Server::bind(engine, &config).await.map_err(|error| not_started(&error))?;
+        tell_start(home, tier, &server, &config);
         announce(&server, &config);
         let handle = server.handle();
         let ended = handle.clone();
@@ -236,6 +287,9 @@ impl Args {
         config.keys_in_progress_max = self.keys_in_progress;
         config.keys_per_second = self.keys_per_second;
         config.connections_max = self.connections as usize;
+        config.source_connections_max = self.connections_per_source.map(|max| max as usize);
+        config.head_time = Duration::from_secs(self.head_seconds.into());
+        config.stall_time = Duration::from_secs(self.stall_seconds.into());
         if let Some(threads) = self.threads {
             config.threads = threads;
         }
@@ -276,12 +330,31 @@ fn not_started(error: &io::Error) -> Failure {
         io::ErrorKind::PermissionDenied => {
             "ports below 1024 and other users' files need permission"
         }
-        io::ErrorKind::InvalidData => "TLS files are PEM; certificate and key belong together",
+        io::ErrorKind::InvalidData => "TLS files are PEM, and the server's user has to read them",
         io::ErrorKind::NotFound => "check the path; the directory must exist",
         io::ErrorKind::ResourceBusy => "end the other process, or name another file",
         _ => "check addresses and files; `--help` has an example",
     };
     Failure::broke(format!("cannot serve: {error}"), hint)
+}
+
+/// What runs, and within which limits, for whoever reads the log later.
+fn tell_start(home: &Home, tier: Tier, server: &Server, config: &ServerConfig) {
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        tier = %tier,
+        store = ?home.store(),
+        tls = config.tls.is_some(),
+        threads = config.threads,
+        connections = server.connections_max(),
+        batch_body_max = config.batch_body_max,
+        keys_in_progress = config.keys_in_progress_max,
+        keys_per_second = config.keys_per_second,
+        idle_seconds = config.idle_time.as_secs(),
+        head_seconds = config.head_time.as_secs(),
+        stall_seconds = config.stall_time.as_secs(),
+        "serving"
+    );
 }
 
 /// The line that says that the server is ready. Whoever started it may have closed standard output, or may not read it:
@@ -358,6 +431,36 @@ impl Signals {
             ending = true;
             tracing::info!("draining");
             handle.drain();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::address;
+
+    #[test]
+    fn an_address_that_cannot_be_used_is_told_how_to_write_it() {
+        for good in ["127.0.0.1:0", "[::1]:8080", "0.0.0.0:65535"] {
+            assert_eq!(address(good).unwrap().to_string(), good);
+        }
+        for (bad, meant) in [
+            ("localhost:8080", "127.0.0.1:8080 or [::1]:8080"),
+            (":8080", "127.0.0.1:8080, or 0.0.0.0:8080"),
+            ("*:8080", "0.0.0.0:8080"),
+            ("8080", "127.0.0.1:8080"),
+            ("127.0.0.1", "127.0.0.1:PORT"),
+            ("::1", "[::1]:PORT"),
+            ("::1:8080", "[::1]:8080"),
+            ("[::1]", "[::1]:PORT"),
+            ("http://127.0.0.1:8080/", "127.0.0.1:8080"),
+            ("https://localhost:8443", "127.0.0.1:8443"),
+            ("kms.example.org:443", "names are not looked up"),
+            ("127.0.0.1:80800", "at most 65535"),
+            ("", "127.0.0.1:PORT"),
+        ] {
+            let sentence = address(bad).unwrap_err();
+            assert!(sentence.contains(meant), "{bad:?}: {sentence}");
         }
     }
 }
