@@ -76,6 +76,7 @@ impl Watching {
         let threads = {
             let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
             self.ended.store(true, Ordering::Relaxed);
+            self.watched.store(false, Ordering::Release);
             threads.take()
         };
         let Some([looker, keeper]) = threads else { return true };
