@@ -94,7 +94,7 @@ pub use clients::{Client, ClientId, KeyPattern, Permission, Permissions};
 pub use cpu::{TIER_VARIABLE, Tier};
 pub use engine::{
     DataKeyBuffers, DataKeyStream, DueEvent, DueEventKind, DueReport, DueTotals, DueWork,
-    Encrypted, Engine, EngineBuilder, WrittenDataKey,
+    Encrypted, Engine, EngineBuilder, StoreHealth, WrittenDataKey,
 };
 pub use error::{Error, ErrorKind, Fault, Result};
 pub use keys::{

@@ -214,6 +214,15 @@ pub const KEY_PATTERN_LEN_MAX: usize = 255;
 pub const ROOT_KEY_LEN: usize = 32;
 /// How often an engine asks its store whether another process changed it.
 pub const WATCH_INTERVAL: Duration = Duration::from_millis(400);
+/// How long an engine goes on with what it last read of a store that cannot be read, unless its builder says otherwise.
+/// Whoever is disabled meanwhile is served until then; a restart of what the store lies on should take less.
+pub const STALE_MAX_DEFAULT: Duration = Duration::from_secs(60);
+/// A look at the store that has not ended after this time has failed. Beyond ten seconds SQLite gives up by itself.
+pub const LOOK_TIME_MAX: Duration = Duration::from_secs(5);
+/// How often an engine says again that its store cannot be read.
+pub const LOOK_LOG_INTERVAL: Duration = Duration::from_secs(30);
+/// How often an engine without background threads tries to start them.
+pub const WATCHER_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Events of due work that wait to be taken from an engine.
 pub const DUE_EVENTS_MAX: usize = 65_536;
 /// How often an engine executes due rotations and deletions.

@@ -59,7 +59,7 @@ impl Engine {
     pub fn describe_key(&self, name: &str) -> Result<KeyMetadata> {
         self.process();
         let id = self.shared().find(name)?.record.id;
-        metadata_of(&self.shared().store.load()?.keys, &id)
+        metadata_of(&self.shared().refresh()?, &id)
     }
 
     /// Describes every KEK, oldest first.
@@ -68,7 +68,7 @@ impl Engine {
     /// The store's.
     pub fn list_keys(&self) -> Result<Vec<KeyMetadata>> {
         self.process();
-        let stored = self.shared().store.load()?.keys;
+        let stored = self.shared().refresh()?;
         Ok(stored.iter().map(StoredKey::metadata).collect())
     }
 

@@ -1,12 +1,17 @@
 //! Settings of an engine, and the ways to open one.
 
-use std::{path::Path, sync::Arc, time::SystemTime};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use super::{Clock, Config, Engine};
+use super::{Clock, Config, Engine, MonotonicClock};
 use crate::{
     cpu::Tier,
     error::{Error, Result},
-    limits::{LEASE_MAX, RECYCLED_BYTES_DEFAULT, WRAPS_PER_VERSION_MAX},
+    limits::{LEASE_MAX, RECYCLED_BYTES_DEFAULT, STALE_MAX_DEFAULT, WRAPS_PER_VERSION_MAX},
+    os,
     rng::Rng,
     store::{KeyStore, MemoryStore, RootKey, SqliteStore},
 };
@@ -20,6 +25,8 @@ pub struct EngineBuilder {
     initial_spent: u64,
     due_work: DueWork,
     recycled_bytes_max: usize,
+    stale_max: Duration,
+    monotonic: Option<MonotonicClock>,
     tier: Option<Tier>,
 }
 
@@ -42,6 +49,8 @@ impl Default for EngineBuilder {
             initial_spent: 0,
             due_work: DueWork::ByItself,
             recycled_bytes_max: RECYCLED_BYTES_DEFAULT,
+            stale_max: STALE_MAX_DEFAULT,
+            monotonic: None,
             tier: None,
         }
     }
@@ -92,6 +101,22 @@ impl EngineBuilder {
     /// set, which is a million results; 0 keeps none. New memory costs more than what is written into it.
     pub fn recycled_bytes_max(mut self, bytes: usize) -> Self {
         self.recycled_bytes_max = bytes;
+        self
+    }
+
+    /// How long the engine goes on with what it last read of a store in a file that cannot be read or does not answer: 60
+    /// seconds unless set. Then every operation on data keys is refused with `ServiceUnavailableTemporary` until the
+    /// store can be read again, since keys and clients may have been disabled meanwhile. A file that was replaced or
+    /// removed is refused at once. Engines in memory never refuse.
+    pub fn stale_max(mut self, time: Duration) -> Self {
+        self.stale_max = time;
+        self
+    }
+
+    /// The clock that goes steadily, in milliseconds.
+    #[cfg(test)]
+    pub(crate) fn monotonic(mut self, clock: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        self.monotonic = Some(Box::new(clock));
         self
     }
 
@@ -163,9 +188,9 @@ impl EngineBuilder {
         Ok(self.tier.map_or(detected, |widest| widest.min(detected)))
     }
 
-    fn start(self, store: Box<dyn KeyStore>, rng: Rng, tier: Tier) -> Result<Engine> {
-        let Self { clock, pool, lease_max, initial_spent, due_work, recycled_bytes_max, tier: _ } =
-            self;
+    pub(super) fn start(self, store: Box<dyn KeyStore>, rng: Rng, tier: Tier) -> Result<Engine> {
+        let Self { clock, pool, lease_max, initial_spent, due_work, .. } = self;
+        let Self { recycled_bytes_max, stale_max, monotonic, .. } = self;
         if pool.as_ref().is_some_and(|pool| pool.current_num_threads() == 0) {
             return Err(Error::invalid("The thread pool has no threads."));
         }
@@ -182,6 +207,8 @@ impl EngineBuilder {
             initial_spent,
             due_work,
             recycled_bytes_max,
+            stale_max,
+            monotonic: monotonic.unwrap_or_else(|| Box::new(os::coarse_ms)),
             background,
         };
         Engine::start(store, rng, tier, config)

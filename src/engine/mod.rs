@@ -3,7 +3,7 @@
 //! `mod.rs` opens engines and keeps the ring fresh; `single`, `generate` (batches), `stream` and `decrypt` are the
 //! operations on data keys, `encrypt` those on the caller's own texts, `random` gives random bytes, `admin` has the
 //! operations on KEKs and aliases, `clients` those on clients of a server, `wraps` the leases of `Direct` versions,
-//! `background` the watcher, `due` and `events` what an engine does by itself, `outlook` what a server asks beside all that.
+//! `background` the watcher, `due` and `events` what an engine does by itself, `freshness` the bound on what goes on without the store, `outlook` what a server asks beside all that.
 //!
 //! An operation whose name ends in `_as` is for a caller who may use some keys only (`keys::access`); the public one of
 //! that name is for whoever holds the engine.
@@ -20,6 +20,7 @@ mod decrypt;
 mod due;
 mod encrypt;
 mod events;
+mod freshness;
 mod generate;
 #[cfg(any(feature = "server", test))]
 mod outlook;
@@ -33,10 +34,10 @@ mod wraps;
 use std::{
     path::Path,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
@@ -45,6 +46,7 @@ pub use builder::{DueWork, EngineBuilder};
 pub use due::DueReport;
 pub use encrypt::Encrypted;
 pub use events::{DueEvent, DueEventKind, DueTotals};
+pub use freshness::StoreHealth;
 pub use single::{DataKeyBuffers, WrittenDataKey};
 pub use stream::DataKeyStream;
 
@@ -53,15 +55,19 @@ use crate::{
     clients::ClientDirectory,
     cpu::Tier,
     error::{Error, Result},
-    keys::{KeyHandle, StoredKey, UnixSeconds, ring::Ring},
+    keys::{
+        KeyHandle, StoredKey, UnixSeconds,
+        ring::{Ring, StoreMoment},
+    },
     memory::Recycler,
     os::{self, Current, Generation, PerProcess},
     request_id::RequestId,
     rng::Rng,
     store::{KeyStore, RootKey},
 };
-use background::Watcher;
+use background::Watching;
 use events::Events;
+use freshness::Looks;
 
 /// A data-key engine on one key store: `Send`, `Sync`, and cheap to clone; clones are the same engine.
 ///
@@ -105,7 +111,8 @@ struct Shared {
     /// Whether rayon's global pool may have been inherited, without its workers, from a parent with engines.
     forked_before: bool,
     process: PerProcess<Process>,
-    /// The generation of the process whose part is there, watcher included. Says so at the cost of one load.
+    /// The generation of the process whose part is there, watcher included, while what was read of the store is fresh.
+    /// Says so at the cost of one load; whoever finds that it is not so any more sets it to [`UNSETTLED`].
     settled: AtomicU64,
     recycler: PerProcess<Arc<Recycler>>,
     initial_version_uses: AtomicU64,
@@ -117,6 +124,9 @@ const UNSETTLED: u64 = u64::MAX;
 /// Tells the time.
 type Clock = Box<dyn Fn() -> SystemTime + Send + Sync>;
 
+/// Tells how much time has passed, in milliseconds.
+type MonotonicClock = Box<dyn Fn() -> u64 + Send + Sync>;
+
 /// What a builder sets.
 struct Config {
     clock: Clock,
@@ -125,6 +135,8 @@ struct Config {
     initial_spent: u64,
     due_work: DueWork,
     recycled_bytes_max: usize,
+    stale_max: Duration,
+    monotonic: MonotonicClock,
     background: bool,
 }
 
@@ -132,8 +144,8 @@ struct Config {
 struct Process {
     /// Held while the ring is read anew, so that an older image never replaces a newer one.
     refresh: Mutex<()>,
-    /// Set on the first operation; `None` inside once the engine ends, or where no thread could be started.
-    watcher: OnceLock<Mutex<Option<Watcher>>>,
+    watching: Watching,
+    looks: Looks,
     /// What the engine did by itself here.
     events: Events,
 }
@@ -278,8 +290,7 @@ impl Engine {
         loop {
             let generation = os::generation();
             if self.shared().settled.load(Ordering::Acquire) != generation.number() {
-                self.process();
-                self.shared().settled.store(generation.number(), Ordering::Release);
+                self.settle(generation)?;
             }
             let done = operation(self.shared());
             if os::generation() == generation {
@@ -288,11 +299,22 @@ impl Engine {
         }
     }
 
-    /// This process's part, with its background thread running.
+    /// The same of what needs nothing that was read of the store.
+    fn in_this_process<T>(&self, operation: impl Fn(&Shared) -> Result<T>) -> Result<T> {
+        loop {
+            let generation = os::generation();
+            let done = operation(self.shared());
+            if os::generation() == generation {
+                return done;
+            }
+        }
+    }
+
+    /// This process's part, with its background threads running if the system gives them.
     fn process(&self) -> Current<Process> {
         let process = self.shared().process();
         if self.shared().config.background {
-            process.watcher.get_or_init(|| Mutex::new(Watcher::start(self.shared())));
+            process.watching.ensure(self.shared());
         }
         process
     }
@@ -300,9 +322,10 @@ impl Engine {
 
 impl Shared {
     fn process(&self) -> Current<Process> {
-        self.process.get_or(|_| Process {
+        self.process.get_or(|inherited| Process {
             refresh: Mutex::new(()),
-            watcher: OnceLock::new(),
+            watching: Watching::default(),
+            looks: Looks::begin(inherited.map(|process| &process.looks), self.monotonic_ms()),
             events: Events::default(),
         })
     }
@@ -312,19 +335,40 @@ impl Shared {
         now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
     }
 
+    fn monotonic_ms(&self) -> u64 {
+        (self.config.monotonic)()
+    }
+
     /// Reads the store and replaces the ring and the clients. Returns what was read of keys.
     fn refresh(&self) -> Result<Vec<StoredKey>> {
+        let begun = self.monotonic_ms();
+        let done = self.read_store();
+        self.note_look(begun, done.as_ref().err());
+        done
+    }
+
+    fn read_store(&self) -> Result<Vec<StoredKey>> {
         let process = self.process();
         let _alone = process.refresh.lock().unwrap_or_else(PoisonError::into_inner);
         let image = self.store.load()?;
         let before = self.ring.load_full();
-        let ring = Ring::build(image.changes, &image.keys, &before, self.tier, self.number)?;
+        let moment = StoreMoment { changes: image.changes, epoch: image.epoch };
+        let ring = Ring::build(moment, &image.keys, &before, self.tier, self.number)?;
+        let continues = ring.continues(&before);
         // Before the ring: by its number others decide that all is fresh.
         self.clients.store(Arc::new(ClientDirectory::new(image.clients)));
         // The cells first: whoever forks in between leaves its child a ring whose number says that it is old, and with
         // it cells that are newer, which the child publishes again.
         ring.publish(&before);
         self.ring.store(Arc::new(ring));
+        if !continues {
+            before.give_up_leases();
+            log::warn!(
+                "another file, or an older state, has taken the place of the key store ({}); it \
+                 passed every check and is used from now on",
+                self.store.describe()
+            );
+        }
         Ok(image.keys)
     }
 
@@ -334,9 +378,24 @@ impl Shared {
         Arc::clone(&self.recycler.get_or(make))
     }
 
-    /// Replaces the ring and the clients if the store has changed since they were read.
+    /// Looks at the store, and replaces the ring and the clients if it has changed since they were read.
     fn refresh_if_changed(&self) -> Result<()> {
-        if self.store.changes()? == self.ring.load().changes {
+        let begun = self.monotonic_ms();
+        let changes = match self.store.changes() {
+            Ok(changes) => changes,
+            // Its file was replaced: reading everything is what accepts the new one.
+            Err(error) if self.store.is_replaced() => {
+                self.note_replaced(&error);
+                return self.refresh().map(drop);
+            }
+            Err(error) => {
+                self.note_look(begun, Some(&error));
+                return Err(error);
+            }
+        };
+        let ring = self.ring.load();
+        if (changes, self.store.epoch()) == (ring.changes, ring.epoch) {
+            self.note_look(begun, None);
             return Ok(());
         }
         self.refresh().map(drop)
@@ -369,21 +428,23 @@ impl Shared {
 
 impl Drop for Handle {
     fn drop(&mut self) {
+        let mut answers = true;
         // A child that never used the engine has nothing to end; what it inherited is abandoned.
         if let Some(process) = self.shared.process.get() {
-            let watcher = process
-                .watcher
-                .get()
-                .and_then(|watcher| watcher.lock().unwrap_or_else(PoisonError::into_inner).take());
-            if let Some(watcher) = watcher {
-                watcher.stop();
+            answers = process.watching.end(&process.looks);
+            if answers {
+                self.shared.return_leases();
             }
-            self.shared.return_leases();
         }
         // Not left to the drop of `shared`: in a child the background thread of the parent holds it for ever.
         let last = self.shared.ring.swap(Arc::default());
         Ring::default().publish(&last);
-        self.shared.store.close();
+        if answers {
+            self.shared.store.close();
+        } else {
+            // Whoever asked the store now would wait as long as the look that hangs.
+            log::warn!("the key store does not answer: it is not closed, and leases are lost");
+        }
     }
 }
 

@@ -31,14 +31,6 @@ impl Engine {
             && blob::head(blob).is_none_or(|id| ring.version_by_bytes(id).is_some())
     }
 
-    /// Asks the store something, to see whether it answers.
-    ///
-    /// # Errors
-    /// The store's.
-    pub(crate) fn check_store(&self) -> Result<()> {
-        self.in_one_process(|shared| shared.store.changes().map(drop))
-    }
-
     /// The wraps left to the initial and to the primary version of each `Direct` key, as far as this engine knows, in
     /// the order of their ids.
     ///
@@ -66,6 +58,6 @@ impl Engine {
     /// # Errors
     /// `ServiceUnavailableTemporary` if the system gives no random bytes.
     pub(crate) fn request_id(&self) -> Result<RequestId> {
-        self.in_one_process(|shared| shared.new_request_id())
+        self.in_this_process(|shared| shared.new_request_id())
     }
 }

@@ -32,6 +32,7 @@ impl Shared {
                 Ok(grant) => grant,
                 Err(error) => {
                     version.lease.add(got, generation);
+                    self.note_replaced(&error);
                     return Err(error);
                 }
             };

@@ -10,7 +10,7 @@ use foldhash::fast::RandomState;
 use super::{
     Alias, KeyRecord, KeyState, StoredKey,
     budget::Lease,
-    handle::KeyCell,
+    handle::{Changes, KeyCell},
     id::{KeyId, KeyVersionId},
 };
 use crate::{cpu::Tier, error::Result, kernel, limits::KEY_VERSION_ID_LEN, wrap::Wrapper};
@@ -60,11 +60,20 @@ impl Key {
     }
 }
 
+/// A moment in the life of a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StoreMoment {
+    pub(crate) changes: u64,
+    pub(crate) epoch: u64,
+}
+
 /// Everything that a batch needs to know of keys.
 #[derive(Default)]
 pub(crate) struct Ring {
     /// The store's change counter when this was read.
     pub(crate) changes: u64,
+    /// The store's epoch then: what an earlier one granted is void.
+    pub(crate) epoch: u64,
     keys: HashMap<KeyId, Arc<Key>, RandomState>,
     aliases: HashMap<Alias, KeyId, RandomState>,
     names: HashMap<Box<str>, Arc<Key>, RandomState>,
@@ -74,18 +83,21 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// Sets up what `stored` holds.
+    /// Sets up what `stored` holds, as of `moment`. Versions that `before` has set up already are taken over, with their
+    /// leases and wrapping states, unless `before` is of another past of the store.
     ///
     /// # Errors
     /// As [`Wrapper::new`], which means a store that holds what was never created.
     pub(crate) fn build(
-        changes: u64,
+        moment: StoreMoment,
         stored: &[StoredKey],
         before: &Ring,
         tier: Tier,
         engine: u64,
     ) -> Result<Self> {
-        let mut ring = Self { changes, ..Self::default() };
+        let StoreMoment { changes, epoch } = moment;
+        let mut ring = Self { changes, epoch, ..Self::default() };
+        let known = if ring.continues(before) { before } else { &Self::default() };
         for stored in stored {
             let id = stored.record.id;
             let cell = before.cells.get(&id).cloned();
@@ -93,7 +105,7 @@ impl Ring {
             let key = Arc::new(Key {
                 record: stored.record.clone(),
                 aliases: stored.aliases.clone(),
-                versions: set_up(stored, before, tier)?,
+                versions: set_up(stored, known, tier)?,
                 warned: before
                     .keys
                     .get(&stored.record.id)
@@ -112,11 +124,29 @@ impl Ring {
             ring.keys.insert(key.record.id, key);
         }
         for (id, gone) in &before.keys {
-            if !ring.keys.contains_key(id) {
+            if !ring.keys.contains_key(id) || !ring.continues(before) {
                 gone.rest();
             }
         }
         Ok(ring)
+    }
+
+    /// Whether this is of the same store as `before`, at the same time or later. The counter of a store never goes
+    /// back: if it did, an older copy was put in its place.
+    pub(crate) fn continues(&self, before: &Self) -> bool {
+        self.epoch == before.epoch && self.changes >= before.changes
+    }
+
+    /// Gives up what is leased, for ever: it was granted by a store that is not there any more.
+    pub(crate) fn give_up_leases(&self) {
+        for version in self.keys.values().flat_map(|key| &key.versions) {
+            version.lease.take(u64::MAX);
+        }
+    }
+
+    /// Tells the holders of handles that what they made ahead of need is out of date.
+    pub(crate) fn outdate(&self) {
+        self.cells.values().for_each(|cell| cell.changes().count());
     }
 
     /// Shows the keys of this ring, which has taken the place of `before`, to the holders of handles.
@@ -124,6 +154,7 @@ impl Ring {
         for (id, cell) in &self.cells {
             let key = self.keys.get(id).cloned();
             let changed = match (&key, before.keys.get(id)) {
+                _ if !self.continues(before) => true,
                 (Some(now), Some(before)) => !now.wraps_as(before),
                 _ => true,
             };

@@ -2,15 +2,18 @@
 //!
 //! Labels take few values: operations are ours, codes are ours, and no name that a caller sends is one.
 
-use std::time::Duration;
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 use super::api::{ALL, Api};
-use crate::engine::Engine;
+use crate::engine::{DueTotals, Engine, StoreHealth};
 
 /// Upper bounds of the latency buckets, in seconds: from 10 microseconds, by 1, 2 and 5.
 const LATENCIES: [f64; 19] = [
@@ -44,6 +47,23 @@ pub(super) struct Metrics {
     resident_bytes: IntGauge,
     audit_failing: IntGauge,
     audit_reopened: IntCounter,
+    store: OfStore,
+    due: OfDueWork,
+}
+
+/// How the engine stands to its store.
+struct OfStore {
+    age: Gauge,
+    failing: IntGauge,
+    refusing: IntGauge,
+}
+
+/// What the engine did by itself.
+struct OfDueWork {
+    rotations: IntCounter,
+    deletions: IntCounter,
+    failures: IntCounter,
+    turn: Mutex<()>,
 }
 
 struct OfApi {
@@ -165,6 +185,8 @@ impl Metrics {
                 "keymill_audit_failing",
                 "1 while the audit log cannot be written and key operations are refused",
             )?,
+            store: OfStore::register(&registry)?,
+            due: OfDueWork::register(&registry)?,
             registry,
             requests,
             items,
@@ -217,6 +239,8 @@ impl Metrics {
         self.initial_version_uses.set(gauge(engine.initial_version_uses()));
         self.recycled_bytes.set(gauge(engine.recycled_bytes() as u64));
         self.resident_bytes.set(gauge(resident_bytes()));
+        self.store.set(&engine.store_health());
+        self.due.set(engine.due_totals());
         // Versions that are gone leave no gauge behind.
         self.wraps_left.reset();
         for (version, left) in engine.wraps_left() {
@@ -227,6 +251,64 @@ impl Metrics {
             .encode(&self.registry.gather(), &mut text)
             .expect("memory takes every byte, and metrics have samples");
         text
+    }
+}
+
+impl OfStore {
+    fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let age = Gauge::new(
+            "keymill_store_age_seconds",
+            "Time since the key store was last read, or found to be unchanged",
+        )?;
+        let failing = IntGauge::new(
+            "keymill_store_failing",
+            "1 while the key store cannot be read, or is not the one that it was",
+        )?;
+        let refusing = IntGauge::new(
+            "keymill_store_refusing",
+            "1 while key operations are refused since the key store cannot be read",
+        )?;
+        registry.register(Box::new(age.clone()))?;
+        registry.register(Box::new(failing.clone()))?;
+        registry.register(Box::new(refusing.clone()))?;
+        Ok(Self { age, failing, refusing })
+    }
+
+    fn set(&self, health: &StoreHealth) {
+        self.age.set(health.age.as_secs_f64());
+        self.failing.set(health.failure.is_some().into());
+        self.refusing.set(health.is_refusing.into());
+    }
+}
+
+impl OfDueWork {
+    fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let counter = |name, help| -> prometheus::Result<_> {
+            let counter = IntCounter::new(name, help)?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok(counter)
+        };
+        Ok(Self {
+            rotations: counter("keymill_due_rotations_total", "Keys rotated by the schedule")?,
+            deletions: counter("keymill_due_deletions_total", "Keys deleted by the schedule")?,
+            failures: counter(
+                "keymill_due_failures_total",
+                "Attempts at a rotation or deletion by the schedule that failed",
+            )?,
+            turn: Mutex::new(()),
+        })
+    }
+
+    fn set(&self, totals: DueTotals) {
+        // Of two who ask at once, one counts.
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        for (counter, total) in [
+            (&self.rotations, totals.rotations),
+            (&self.deletions, totals.deletions),
+            (&self.failures, totals.failures),
+        ] {
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
     }
 }
 

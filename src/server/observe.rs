@@ -70,7 +70,7 @@ async fn answer(service: Arc<Service>, request: &Request<Incoming>) -> Response<
             // The store may be slow to answer.
             let ready = tokio::task::spawn_blocking(move || service.readiness()).await;
             match ready.unwrap_or(Err("a panic was caught")) {
-                Ok(()) => plain(200, TEXT, Bytes::from_static(b"ready\n")),
+                Ok(how) => plain(200, TEXT, Bytes::from(format!("{how}\n"))),
                 Err(why) => plain(503, TEXT, Bytes::from(format!("not ready: {why}\n"))),
             }
         }

@@ -396,15 +396,29 @@ impl Service {
         drop(self.elsewhere.subscribe().wait_for(|count| *count == 0).await);
     }
 
-    /// Whether the service answers key operations, and why not.
-    pub(super) fn readiness(&self) -> Result<(), &'static str> {
+    /// Whether the service answers key operations, and how well; or why not.
+    ///
+    /// One failed look at the store is no reason to send clients elsewhere: the restart of what it lies on would send
+    /// them away from every server at once. Damage and a replaced file do not pass by themselves.
+    pub(super) fn readiness(&self) -> Result<&'static str, &'static str> {
         if self.admission.is_draining() {
             return Err("draining");
         }
         if self.audit.is_failing() {
             return Err("the audit log cannot be written");
         }
-        self.engine.check_store().map_err(|_| "the key store cannot be read")
+        let store = self.engine.store_health();
+        if store.is_grave {
+            return Err("the key store is damaged, missing, or another one than before");
+        }
+        let late = store.age > self.engine.stale_max() / 2;
+        if store.is_refusing || (store.failure.is_some() && late) {
+            return Err("the key store cannot be read");
+        }
+        match store.failure {
+            Some(_) => Ok("degraded: the key store cannot be read at the moment"),
+            None => Ok("ready"),
+        }
     }
 
     /// Every metric, in Prometheus's text format.

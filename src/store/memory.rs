@@ -88,7 +88,7 @@ impl KeyStore for MemoryStore {
         keys.sort_by_key(|key| (key.record.created, key.record.id));
         let mut clients: Vec<_> = contents.clients.values().cloned().collect();
         clients.sort_by_key(|client| (client.creation_date, client.client_id));
-        Ok(StoreImage { changes: contents.changes, keys, clients })
+        Ok(StoreImage { epoch: 0, changes: contents.changes, keys, clients })
     }
 
     fn changes(&self) -> Result<u64> {

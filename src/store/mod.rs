@@ -5,6 +5,8 @@
 //! pasts, and never are granted the same wraps.
 
 mod client_rows;
+mod identity;
+mod image;
 mod memory;
 mod meta;
 mod place;
@@ -25,6 +27,8 @@ pub(crate) use sqlite::SqliteStore;
 
 /// A consistent image of the whole store.
 pub(crate) struct StoreImage {
+    /// How often the place of the store was taken by another file, or by an older state of it, and that was accepted.
+    pub(crate) epoch: u64,
     /// The change counter at the time.
     pub(crate) changes: u64,
     /// Sorted by creation date, then id.
@@ -80,7 +84,8 @@ pub(crate) struct Grant {
 
 /// A place that keeps keys. Every call is one transaction; after an error nothing has changed.
 pub(crate) trait KeyStore: Send + Sync {
-    /// Everything, as of one moment.
+    /// Everything, as of one moment. Where the place of the store was taken by another file, this is the one call that
+    /// goes on with it, once it has passed every check that an opening makes.
     ///
     /// # Errors
     /// `StoreCorrupt` if any record was edited, swapped or damaged; `StoreUnavailable`.
@@ -88,6 +93,22 @@ pub(crate) trait KeyStore: Send + Sync {
 
     /// A number that is different whenever a key, version, state, rotation, alias or client is. Leases do not move it.
     fn changes(&self) -> Result<u64>;
+
+    /// Whether anybody but this engine can change the store, so that what was read of it grows old.
+    fn is_shared(&self) -> bool {
+        false
+    }
+
+    /// Whether the place of the store is known to have been taken by another file that is not accepted yet. Every call
+    /// but [`KeyStore::load`] is refused meanwhile.
+    fn is_replaced(&self) -> bool {
+        false
+    }
+
+    /// As [`StoreImage::epoch`], now.
+    fn epoch(&self) -> u64 {
+        0
+    }
 
     /// Creates a key.
     ///

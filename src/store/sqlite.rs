@@ -15,20 +15,29 @@
 //!    its lock, and refuses to use SQLite at all if any was in use (`schema::Use`).
 //!
 //! Other users of SQLite in the process are theirs to keep still.
+//!
+//! # Another file in its place
+//! Before and after each use of the connection the path has to lead to the file that was opened, and to its log
+//! (`identity.rs`). If it does not, the connection is closed and every call is refused, until [`KeyStore::load`] has
+//! opened what is there by all checks of an opening and read every row. That counts as a new epoch: nothing that was
+//! granted before is used or given back afterwards.
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
+use arc_swap::ArcSwapOption;
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::{
     ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, client_rows,
+    identity::{FileId, Held, replaced},
+    image::load,
     meta::{Meta, StoredMeta, Verdict},
     place::{COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
@@ -40,7 +49,7 @@ use crate::{
     clients::{self, Client, ClientId},
     cpu::Tier,
     error::{Error, ErrorKind, Result},
-    keys::{Alias, KeyId, KeyRecord, KeyVersionId, Origin, StoredKey, alias::AliasChange},
+    keys::{Alias, KeyId, KeyRecord, KeyVersionId, Origin, alias::AliasChange},
     os::{self, PerProcess, Quiesce},
     rng::Rng,
 };
@@ -54,10 +63,23 @@ struct Inner {
     keys: StoreKeys,
     rng: Rng,
     /// The connection, if one is open. Locked only under the fork gate.
-    connection: PerProcess<Mutex<Option<Open>>>,
+    connection: PerProcess<Mutex<Option<Held>>>,
+    /// The file that passed every check. `None` once its path led elsewhere: another has to pass them first.
+    accepted: ArcSwapOption<FileId>,
+    /// How often another file was accepted.
+    epoch: AtomicU64,
     /// Whether a key was deleted whose traces could not be erased yet.
     erasure_owed: AtomicBool,
     closed: AtomicBool,
+}
+
+/// Which file a piece of work may be done with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// The one that was accepted.
+    Accepted,
+    /// Also one that took its place, if it passes every check and the work, which reads everything.
+    AnyGood,
 }
 
 impl SqliteStore {
@@ -101,15 +123,20 @@ impl SqliteStore {
         let path = absolute(path)?;
         check_file(&path)?;
         watch_forks()?;
-        let (keys, meta) = {
+        let (keys, meta, file) = {
             let _gate = Gate::enter(&path)?;
-            open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?
+            let file = FileId::at(&path).map_err(|error| not_readable(&path, &error))?;
+            let (keys, meta) =
+                open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?;
+            (keys, meta, file)
         };
         let store = Self(Arc::new(Inner {
             path,
             keys,
             rng: Rng::Os(tier),
             connection: PerProcess::empty(),
+            accepted: ArcSwapOption::from_pointee(file),
+            epoch: AtomicU64::new(0),
             erasure_owed: AtomicBool::new(meta.erased != meta.deleted),
             closed: AtomicBool::new(false),
         }));
@@ -175,37 +202,92 @@ impl Drop for SqliteStore {
 }
 
 impl Inner {
-    /// Runs `work` with the connection, opening it if there is none.
+    /// Runs `work` with the connection, opening it if there is none. Refuses if the path of the store does not lead to
+    /// the file that was opened.
     fn with<T>(&self, work: impl FnOnce(&Self, &mut Open) -> Outcome<T>) -> Result<T> {
+        self.with_file(Wanted::Accepted, work).map(|(answer, _)| answer)
+    }
+
+    /// The same, with the file that is wanted. Returns the epoch, too.
+    fn with_file<T>(
+        &self,
+        wanted: Wanted,
+        work: impl FnOnce(&Self, &mut Open) -> Outcome<T>,
+    ) -> Result<(T, u64)> {
         // Refuses before the gate and the mutex, which in a raw clone may be held by threads that do not exist.
         let _gate = Gate::enter(&self.path)?;
         let connection = self.connection.get_or(|_| Mutex::new(None));
         let mut slot = lock(&connection);
         let explain = |failure: Failure| failure.explain(&self.path);
         // Taken out, so that a panic in `work` closes the connection instead of leaving its transaction open.
-        let mut open = match slot.take() {
-            Some(open) => open,
-            None => self.reopen().map_err(explain)?,
+        let mut held = match slot.take() {
+            Some(held) if held.is_at(&self.path) => held,
+            Some(_) => {
+                self.accepted.store(None);
+                self.reopen(wanted).map_err(explain)?
+            }
+            None => self.reopen(wanted).map_err(explain)?,
         };
-        let outcome = work(self, &mut open);
-        // A transaction that could not even be rolled back goes with its connection.
-        if open.sqlite.is_autocommit() {
-            *slot = Some(open);
+        let outcome = work(self, &mut held.open).map_err(explain);
+        held.note_log();
+        // What was read or granted may be of a file that nobody else sees any more.
+        if !held.is_at(&self.path) {
+            self.accepted.store(None);
+            return Err(replaced(&self.path));
         }
-        outcome.map_err(explain)
+        // Whatever this connection remembers of damaged pages is read anew, in case the file is put right.
+        let damaged = outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::StoreCorrupt);
+        if outcome.is_ok() && !self.accepts(held.file) {
+            self.accepted.store(Some(Arc::new(held.file)));
+            self.epoch.fetch_add(1, Ordering::Relaxed);
+            self.erasure_owed.store(true, Ordering::Relaxed);
+        }
+        // A transaction that could not even be rolled back goes with its connection.
+        if held.open.sqlite.is_autocommit() && !damaged && self.accepts(held.file) {
+            *slot = Some(held);
+        }
+        outcome.map(|answer| (answer, self.epoch.load(Ordering::Relaxed)))
     }
 
-    /// Opens the file again after a fork, and checks that it is this store still.
-    fn reopen(&self) -> Outcome<Open> {
-        check_file(&self.path)?;
+    fn accepts(&self, file: FileId) -> bool {
+        self.accepted.load().as_deref() == Some(&file)
+    }
+
+    /// Opens the file again, after a fork or because another lies there now, and checks that it is this store still.
+    fn reopen(&self, wanted: Wanted) -> Outcome<Held> {
+        check_file(&self.path).inspect_err(|error| {
+            if error.kind() == ErrorKind::StoreMissing {
+                self.accepted.store(None);
+            }
+        })?;
+        let file = FileId::at(&self.path).map_err(|error| not_readable(&self.path, &error))?;
+        let known = self.accepts(file);
+        if !known {
+            self.accepted.store(None);
+            if wanted == Wanted::Accepted {
+                return Err(replaced(&self.path).into());
+            }
+        }
         let open = Open::file(&self.path)?;
         open.check_format(&self.path)?;
-        if StoredMeta::read(&open.sqlite)?.id != self.keys.id {
+        let stored = StoredMeta::read(&open.sqlite)?;
+        if stored.id != self.keys.id {
             let detail = format!("{} is another store than before.", self.path.display());
             return Err(Error::new(ErrorKind::StoreUnavailable, detail).into());
         }
+        if stored.verdict(&self.keys) == Verdict::WrongRootKey {
+            let detail = format!("It is not that of {} as it is now.", self.path.display());
+            return Err(Error::new(ErrorKind::WrongRootKey, detail).into());
+        }
         Meta::read(&open.sqlite, &self.keys)?;
-        Ok(open)
+        if !known {
+            open.check_soundness()?;
+        }
+        let held = Held::new(open, file, &self.path);
+        if !held.is_at(&self.path) {
+            return Err(replaced(&self.path).into());
+        }
+        Ok(held)
     }
 
     fn transact<T>(
@@ -263,7 +345,26 @@ impl Quiesce for Inner {
 
 impl KeyStore for SqliteStore {
     fn load(&self) -> Result<StoreImage> {
-        self.read(load)
+        let (image, epoch) = self.0.with_file(Wanted::AnyGood, |inner, open| {
+            let transaction =
+                open.sqlite.transaction_with_behavior(TransactionBehavior::Deferred)?;
+            let image = load(&transaction, &inner.keys)?;
+            transaction.commit()?;
+            Ok(image)
+        })?;
+        Ok(StoreImage { epoch, ..image })
+    }
+
+    fn is_shared(&self) -> bool {
+        true
+    }
+
+    fn is_replaced(&self) -> bool {
+        self.0.accepted.load().is_none()
+    }
+
+    fn epoch(&self) -> u64 {
+        self.0.epoch.load(Ordering::Relaxed)
     }
 
     fn changes(&self) -> Result<u64> {
@@ -397,8 +498,10 @@ impl KeyStore for SqliteStore {
             return;
         }
         // A connection that a fork closed left the log beside the file; people copy the file alone.
-        if let Some(open) = lock(&connection).take().or_else(|| self.0.reopen().ok()) {
-            open.close_cleanly();
+        let held = lock(&connection).take().or_else(|| self.0.reopen(Wanted::Accepted).ok());
+        // The log at the path may be that of another file: SQLite would remove it by its name.
+        if let Some(held) = held.filter(|held| held.is_at(&self.0.path)) {
+            held.open.close_cleanly();
         }
     }
 
@@ -411,48 +514,6 @@ impl KeyStore for SqliteStore {
         let companions = COMPANIONS.map(|companion| with_suffix(&self.0.path, companion));
         [self.0.path.clone()].into_iter().chain(companions).collect()
     }
-}
-
-/// Reads and verifies everything.
-fn load(sqlite: &Connection, keys: &StoreKeys) -> Outcome<StoreImage> {
-    let meta = Meta::read(sqlite, keys)?;
-    let mut stored = Vec::new();
-    for record in rows::read_keys(sqlite, keys)? {
-        let versions = rows::read_versions(sqlite, keys, &record)?;
-        stored.push(StoredKey { record, versions, aliases: Vec::new() });
-    }
-    stored.sort_by_key(|key| key.record.id);
-    let aliases = rows::read_aliases(sqlite, keys)?;
-    let alias_count = aliases.len();
-    for (alias, id) in aliases {
-        let at = stored
-            .binary_search_by_key(&id, |key| key.record.id)
-            .map_err(|_| corrupt("aliases", &alias))?;
-        stored[at].aliases.push(alias);
-    }
-    let mut clients = client_rows::read_clients(sqlite, keys)?;
-    // Rows that nothing asked for, or that are gone without a trace.
-    let version_count = stored.iter().map(|key| key.versions.len()).sum::<usize>();
-    for (table, found, expected) in [
-        ("keys", as_count(stored.len()), meta.keys),
-        ("aliases", as_count(alias_count), meta.aliases),
-        ("fingerprints", rows::check_fingerprints(sqlite, keys)?, meta.fingerprints),
-        ("clients", as_count(clients.len()), meta.clients),
-        ("versions", rows::count(sqlite, "versions")?, as_count(version_count)),
-        ("budgets", rows::count(sqlite, "budgets")?, as_count(version_count)),
-    ] {
-        if found != expected {
-            let detail = format!("Table {table} has {found} records; there have to be {expected}.");
-            return Err(Error::new(ErrorKind::StoreCorrupt, detail).into());
-        }
-    }
-    stored.sort_by_key(|key| (key.record.created, key.record.id));
-    clients.sort_by_key(|client| (client.creation_date, client.client_id));
-    Ok(StoreImage { changes: meta.changes.cast_unsigned(), keys: stored, clients })
-}
-
-fn as_count(len: usize) -> i64 {
-    i64::try_from(len).expect("no collection is that long")
 }
 
 /// Writes a changed record, and its new primary version if there is one.
@@ -522,6 +583,11 @@ fn check_file(path: &Path) -> Result<()> {
     }
 }
 
+fn not_readable(path: &Path, error: &io::Error) -> Error {
+    let detail = format!("{} cannot be read: {error}.", path.display());
+    Error::new(ErrorKind::StoreUnavailable, detail)
+}
+
 fn not_placed(path: &Path, error: &io::Error) -> Error {
     let path = path.display();
     if error.kind() == io::ErrorKind::AlreadyExists {
@@ -543,6 +609,6 @@ fn tier(rng: &Rng) -> Tier {
     }
 }
 
-fn lock(connection: &Mutex<Option<Open>>) -> MutexGuard<'_, Option<Open>> {
+fn lock(connection: &Mutex<Option<Held>>) -> MutexGuard<'_, Option<Held>> {
     connection.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -83,7 +83,8 @@ impl Home {
         self.open_with(Engine::builder().due_work(DueWork::OnRequest))
     }
 
-    fn open_with(&self, builder: EngineBuilder) -> Result<Engine> {
+    /// Opens the engine with these settings.
+    pub(crate) fn open_with(&self, builder: EngineBuilder) -> Result<Engine> {
         let store = self.store();
         if !exists(&store)? {
             return Err(Failure::broke(

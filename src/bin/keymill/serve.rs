@@ -13,7 +13,7 @@ use std::{
 
 use clap::{ArgAction, ValueEnum, builder::BoolishValueParser, value_parser};
 use keymill::{
-    Tier,
+    Engine, Tier,
     server::{AuditConfig, Handle, Server, ServerConfig, TlsFiles},
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -118,6 +118,12 @@ pub(crate) struct Args {
           default_value_t = 25, value_parser = value_parser!(u16).range(0..=3600))]
     drain_seconds: u16,
 
+    /// Seconds that keys go on to be made while the key store cannot be read; then they are refused, since clients may
+    /// have been disabled meanwhile
+    #[arg(long, value_name = "N", env = "KEYMILL_STALE_SECONDS", hide_env_values = true,
+          default_value_t = 60, value_parser = value_parser!(u16).range(1..=3600))]
+    stale_seconds: u16,
+
     /// Threads that serve connections [default: as many as CPUs]
     #[arg(long, value_name = "N", env = "KEYMILL_THREADS", hide_env_values = true,
           value_parser = threads)]
@@ -202,7 +208,8 @@ Examples:
 pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     let config = args.config(home)?;
     args.logs().start()?;
-    let engine = home.open()?;
+    let stale_max = Duration::from_secs(args.stale_seconds.into());
+    let engine = home.open_with(Engine::builder().stale_max(stale_max))?;
     let tier = engine.tier();
     // Accepts connections and signals; the server has threads of its own for the rest.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
