@@ -31,6 +31,18 @@ for _ in $(seq 20); do
     code=$(curl -s -m 10 -o answer -w '%{http_code}' -d x "http://127.0.0.1:$port/") || true
     [ "$code" = 415 ] || fail "a client is answered $code behind 300 silent connections"
 done
+# Descriptors that run out later: somebody else in the process may use them.
+if command -v prlimit > /dev/null; then
+    prlimit --pid "$server" --nofile=30:30
+    for _ in $(seq 100); do exec {fd}<>"/dev/tcp/127.0.0.1/$port"; done
+    for _ in $(seq 5); do
+        code=$(curl -s -m 10 -o answer -w '%{http_code}' -d x "http://127.0.0.1:$port/") || true
+        [ "$code" = 415 ] || fail "a client is answered $code when descriptors ran out"
+        code=$(curl -s -m 10 -o /dev/null -w '%{http_code}' "http://127.0.0.1:$metrics/healthz") || true
+        [ "$code" = 200 ] || fail "/healthz answers $code when descriptors ran out"
+    done
+    grep -q 'cannot be accepted' log || echo "note: descriptors did not run out"
+fi
 # A soft limit below the hard one is raised.
 kill "$server"; wait "$server" || fail "the server did not end in order: $(tail -3 log)"
 (ulimit -Sn 64; exec "$program" --home home serve --listen 127.0.0.1:0 --connections 100 > out 2> log) & server=$!
