@@ -173,7 +173,9 @@ pub const SERVER_ANSWER_WINDOW: Duration = Duration::from_secs(30);
 pub const SERVER_ANSWER_PIECE_LEN: usize = 16 << 10;
 /// Time for what is left of a body whose request is refused, before the answer.
 pub const SERVER_DISCARD_TIME: Duration = Duration::from_secs(5);
-/// Time for what is left of it after the answer, as long as it goes on coming.
+/// Most bytes of it that are read after the answer, ...
+pub const SERVER_DISCARD_LATE_LEN_MAX: usize = 256 << 20;
+/// ... and the time for them. A client that still sends then had time to read its answer.
 pub const SERVER_DISCARD_LATE_TIME: Duration = Duration::from_secs(30);
 /// Time that a client of HTTP/1 whose connection ends has to end it, too, before what it still sends costs it the answer.
 pub const SERVER_LINGER_TIME: Duration = Duration::from_secs(2);

@@ -12,8 +12,8 @@ use hyper::{Version, body::Body, header::EXPECT, http::request::Parts};
 
 use super::{admission::Held, refusal::Refusal};
 use crate::limits::{
-    SERVER_DISCARD_LATE_TIME, SERVER_DISCARD_TIME, SERVER_LIGHT_BODY_LEN_MAX,
-    SERVER_TRANSFER_BYTES_PER_SECOND, SERVER_TRANSFER_TIME,
+    SERVER_DISCARD_LATE_LEN_MAX, SERVER_DISCARD_LATE_TIME, SERVER_DISCARD_TIME,
+    SERVER_LIGHT_BODY_LEN_MAX, SERVER_TRANSFER_BYTES_PER_SECOND, SERVER_TRANSFER_TIME,
 };
 
 /// Most bytes for which memory is there before they are.
@@ -103,9 +103,10 @@ where
 
 /// The same after the answer, for a stream that is not reset as long as somebody reads it. In the end it is: a client
 /// that never stops sending has had time to read its answer.
-pub(super) async fn discard_late<B: Body<Data = Bytes>>(body: B, max: usize) {
+pub(super) async fn discard_late<B: Body<Data = Bytes>>(body: B) {
     let body = pin!(body);
-    let _ = tokio::time::timeout(SERVER_DISCARD_LATE_TIME, rest(body, max)).await;
+    let rest = rest(body, SERVER_DISCARD_LATE_LEN_MAX);
+    let _ = tokio::time::timeout(SERVER_DISCARD_LATE_TIME, rest).await;
 }
 
 async fn rest<B: Body<Data = Bytes>>(mut body: Pin<&mut B>, max: usize) {

@@ -114,12 +114,11 @@ async fn answer(
     traffic.reading.store(false, Ordering::Relaxed);
     // A body without a length never tells its end over HTTP/1, but what was done has come whole.
     if !response.status().is_success() && !body.is_end_stream() {
-        let max = service.discarded_max();
         if is_http2 {
             // As long as somebody has the stream, it is not reset.
-            tokio::spawn(body::discard_late(body, max));
+            tokio::spawn(body::discard_late(body));
         } else {
-            traffic.linger(max);
+            traffic.linger();
         }
     }
     let piece_len = if is_http2 { SERVER_ANSWER_PIECE_LEN } else { usize::MAX };

@@ -304,6 +304,7 @@ impl Shared {
     /// What is looked at all the time.
     fn tick(&self) {
         self.service.write_down_due_work();
+        self.places.recover();
         if let Some(tls) = &self.tls {
             tls.reload(false);
             tls.tell_expiry(&self.service.certificate_expiry);
@@ -334,7 +335,9 @@ impl Shared {
         if let Some(not_logged) = self.service.not_accepted.take() {
             tracing::warn!(%error, made_room, not_logged, "a connection cannot be accepted");
         }
-        tokio::time::sleep(ACCEPT_PAUSE).await;
+        // Whoever made room is gone in a moment.
+        let pause = if made_room { ACCEPT_PAUSE / 10 } else { ACCEPT_PAUSE };
+        tokio::time::sleep(pause).await;
     }
 }
 

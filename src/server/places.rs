@@ -37,6 +37,8 @@ pub(super) struct Places {
 
 #[derive(Debug, Default)]
 struct Taken {
+    /// How many there may be now: fewer than configured after file descriptors ran out.
+    max: usize,
     next: u64,
     /// By age.
     all: BTreeMap<u64, Entry>,
@@ -95,11 +97,12 @@ pub(super) struct Seat {
 
 impl Places {
     pub(super) fn new(max: usize, source_max: usize) -> Arc<Self> {
+        let max = max.max(1);
         Arc::new(Self {
-            max: max.max(1),
+            max,
             source_max: source_max.max(1),
             began: Instant::now(),
-            taken: Mutex::default(),
+            taken: Mutex::new(Taken { max, ..Taken::default() }),
             changed: Notify::new(),
         })
     }
@@ -124,8 +127,8 @@ impl Places {
     fn try_take(self: &Arc<Self>, remote: SocketAddr) -> Option<Place> {
         let mut taken = self.taken();
         let source = Source::of(remote);
-        if taken.all.len() >= self.max {
-            if taken.all.len() - taken.leaving >= self.max {
+        if taken.all.len() >= taken.max {
+            if taken.all.len() - taken.leaving >= taken.max {
                 self.evict(&mut taken, source);
             }
             return None;
@@ -142,11 +145,18 @@ impl Places {
         Some(Place(Seat { places: Arc::clone(self), number, signals }))
     }
 
-    /// Tells a connection to go, whoever comes next: as when there are no more file descriptors. Returns whether there
+    /// Tells a connection to go, since file descriptors ran out, and counts with fewer from now on. Returns whether there
     /// was one.
     pub(super) fn make_room(&self) -> bool {
         let mut taken = self.taken();
+        taken.max = taken.max.min(taken.all.len()).saturating_sub(1).max(1);
         taken.leaving > 0 || self.evict(&mut taken, None)
+    }
+
+    /// Counts with a few more again, up to what is configured.
+    pub(super) fn recover(&self) {
+        let mut taken = self.taken();
+        taken.max = self.max.min(taken.max + (self.max / 64).max(1));
     }
 
     fn evict(&self, taken: &mut Taken, newcomer: Option<Source>) -> bool {
@@ -327,6 +337,24 @@ mod tests {
         let local = places.try_take(from("127.0.0.1")).unwrap();
         assert!(places.try_take(from("127.0.0.1")).is_none());
         assert!(told_to_leave(&other) && !told_to_leave(&local));
+    }
+
+    #[test]
+    fn there_are_fewer_places_while_file_descriptors_are_short() {
+        let places = Places::new(100, 100);
+        let take = || places.try_take(from("127.0.0.1"));
+        let mut taken: Vec<_> = (0..10).map(|_| take().unwrap()).collect();
+        assert!(places.make_room());
+        assert!(told_to_leave(&taken[0]) && take().is_none());
+        taken.remove(0);
+        // The tenth descriptor is left to others.
+        assert!(take().is_none() && told_to_leave(&taken[0]));
+        taken.remove(0);
+        taken.push(take().unwrap());
+        places.recover();
+        assert!(take().is_some());
+        (0..200).for_each(|_| places.recover());
+        assert_eq!(places.taken().max, 100);
     }
 
     #[tokio::test]

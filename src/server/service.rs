@@ -189,13 +189,8 @@ impl Service {
             None => self.panicked(),
         };
         let response = self.finish(&parts, facts, refused).await;
-        body::discard(&parts, body, self.discarded_max()).await;
+        body::discard(&parts, body, self.batch_body_max.max(2 * SERVER_BODY_LEN_MAX)).await;
         response
-    }
-
-    /// Most bytes of a body that are read although nobody wants them.
-    pub(super) fn discarded_max(&self) -> usize {
-        self.batch_body_max.max(2 * SERVER_BODY_LEN_MAX)
     }
 
     /// Does what a request asks for, or finds that this is for another thread. `facts` holds what is known of the

@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use crate::{
-    limits::{SERVER_DISCARD_LATE_TIME, SERVER_LINGER_TIME},
+    limits::{SERVER_DISCARD_LATE_LEN_MAX, SERVER_DISCARD_LATE_TIME, SERVER_LINGER_TIME},
     os::descriptors::unconfirmed_len,
 };
 
@@ -31,8 +31,8 @@ pub(super) struct Traffic {
     has_read: AtomicBool,
     /// Something was read since this was last set back.
     pub(super) reading: AtomicBool,
-    /// Most bytes of a body that will not be read, which is still on its way; 0 if there is none.
-    unread_max: AtomicU64,
+    /// A body that nobody will read may still be on its way.
+    lingers: AtomicBool,
 }
 
 impl Traffic {
@@ -48,10 +48,10 @@ impl Traffic {
         self.has_read.load(Ordering::Relaxed)
     }
 
-    /// An answer goes out while its request still comes in: when the connection ends, up to so many bytes are read and
-    /// thrown away, since what comes to a closed socket takes the answer from whoever sent it.
-    pub(super) fn linger(&self, max: usize) {
-        self.unread_max.store(max as u64, Ordering::Relaxed);
+    /// An answer goes out while its request still comes in: when the connection ends, what comes is read and thrown away
+    /// for a while, since at a closed socket it would take the answer from whoever sent it.
+    pub(super) fn linger(&self) {
+        self.lingers.store(true, Ordering::Relaxed);
     }
 }
 
@@ -64,7 +64,7 @@ impl Traffic {
             written: AtomicU64::new(0),
             has_read: AtomicBool::new(false),
             reading: AtomicBool::new(false),
-            unread_max: AtomicU64::new(0),
+            lingers: AtomicBool::new(false),
         }
     }
 
@@ -84,7 +84,7 @@ pub(super) struct Counted {
 /// How long a socket that is closed for writing is still read.
 #[derive(Debug)]
 struct Lingering {
-    bytes_left: u64,
+    bytes_left: usize,
     until: Instant,
     quiet: Pin<Box<Sleep>>,
 }
@@ -96,7 +96,7 @@ impl Counted {
             written: AtomicU64::new(0),
             has_read: AtomicBool::new(false),
             reading: AtomicBool::new(false),
-            unread_max: AtomicU64::new(0),
+            lingers: AtomicBool::new(false),
         });
         (Self { stream, traffic: Arc::clone(&traffic), lingering: None }, traffic)
     }
@@ -111,7 +111,7 @@ impl Counted {
     /// Reads what nobody wants, until the peer ends, too, or its time or its bytes are over.
     fn poll_linger(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let lingering = self.lingering.get_or_insert_with(|| Lingering {
-            bytes_left: self.traffic.unread_max.load(Ordering::Relaxed),
+            bytes_left: SERVER_DISCARD_LATE_LEN_MAX,
             until: Instant::now() + SERVER_DISCARD_LATE_TIME,
             quiet: Box::pin(tokio::time::sleep(SERVER_LINGER_TIME)),
         });
@@ -120,7 +120,7 @@ impl Counted {
             let mut chunk = ReadBuf::new(&mut memory);
             match Pin::new(&mut self.stream).poll_read(context, &mut chunk) {
                 Poll::Ready(Ok(())) if !chunk.filled().is_empty() => {
-                    let len = chunk.filled().len() as u64;
+                    let len = chunk.filled().len();
                     let now = Instant::now();
                     if len > lingering.bytes_left || now > lingering.until {
                         return Poll::Ready(());
@@ -181,7 +181,7 @@ impl AsyncWrite for Counted {
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.lingering.is_none() {
             ready!(Pin::new(&mut self.stream).poll_shutdown(context))?;
-            if self.traffic.unread_max.load(Ordering::Relaxed) == 0 {
+            if !self.traffic.lingers.load(Ordering::Relaxed) {
                 return Poll::Ready(Ok(()));
             }
         }

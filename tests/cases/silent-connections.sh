@@ -12,7 +12,7 @@ trap cleanup EXIT
 cd "$dir"
 fail() { echo "$1"; exit 1; }
 
-"$program" --home home init 2> init.err
+"$program" --home home init > init.out 2> init.err
 (ulimit -n 64; exec "$program" --home home serve --listen 127.0.0.1:0 --metrics 127.0.0.1:0 --threads 2 \
     --audit audit.jsonl > out 2> log) & server=$!
 for _ in $(seq 300); do grep -q ready out && break; sleep 0.1; done
@@ -22,7 +22,9 @@ metrics=$(sed -n 's|.*metrics on http://127.0.0.1:\([0-9]*\).*|\1|p' out)
 grep -q 'RLIMIT_NOFILE' log || fail "the log does not tell of the limit: $(cat log)"
 grep -q 'configured=4096' log || fail "the log does not tell both numbers: $(cat log)"
 
-for _ in $(seq 300); do exec {fd}<>"/dev/tcp/127.0.0.1/$port"; done
+open=()
+crowd() { for _ in $(seq "$1"); do exec {fd}<>"/dev/tcp/127.0.0.1/$port"; open+=("$fd"); done; }
+crowd 300
 for path in healthz readyz metrics; do
     code=$(curl -s -m 10 -o /dev/null -w '%{http_code}' "http://127.0.0.1:$metrics/$path") || true
     [ "$code" = 200 ] || fail "/$path answers $code behind 300 silent connections"
@@ -31,7 +33,20 @@ for _ in $(seq 20); do
     code=$(curl -s -m 10 -o answer -w '%{http_code}' -d x "http://127.0.0.1:$port/") || true
     [ "$code" = 415 ] || fail "a client is answered $code behind 300 silent connections"
 done
-# A soft limit below the hard one is raised.
+# Descriptors that run out later: somebody else in the process may use them.
+if command -v prlimit > /dev/null; then
+    prlimit --pid "$server" --nofile=30:30
+    crowd 100
+    for _ in $(seq 5); do
+        code=$(curl -s -m 10 -o answer -w '%{http_code}' -d x "http://127.0.0.1:$port/") || true
+        [ "$code" = 415 ] || fail "a client is answered $code when descriptors ran out"
+        code=$(curl -s -m 10 -o /dev/null -w '%{http_code}' "http://127.0.0.1:$metrics/healthz") || true
+        [ "$code" = 200 ] || fail "/healthz answers $code when descriptors ran out"
+    done
+    grep -q 'cannot be accepted' log || echo "note: descriptors did not run out"
+fi
+# A soft limit below the hard one is raised. The crowd's descriptors would be inherited.
+for fd in "${open[@]}"; do exec {fd}>&-; done
 kill "$server"; wait "$server" || fail "the server did not end in order: $(tail -3 log)"
 (ulimit -Sn 64; exec "$program" --home home serve --listen 127.0.0.1:0 --connections 100 > out 2> log) & server=$!
 for _ in $(seq 300); do grep -q ready out && break; sleep 0.1; done

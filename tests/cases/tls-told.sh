@@ -31,7 +31,7 @@ await() { # words
 }
 end() { kill "$server"; wait "$server" || fail "the server did not end in order: $(tail -3 log)"; server=; }
 
-"$program" --home home init 2> init.err
+"$program" --home home init > init.out 2> init.err
 certify good now 300
 certify expired '400 days ago' 100
 certify future '+100 days' 100

@@ -62,6 +62,7 @@ type Sender = conn::http2::SendRequest<Slow>;
 
 async fn client(server: &Running) -> Sender {
     let stream = server.connect().await;
+    stream.set_nodelay(true).unwrap();
     let (sender, connection) = conn::http2::Builder::new(TokioExecutor::new())
         .handshake(TokioIo::new(stream))
         .await
