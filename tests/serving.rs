@@ -304,6 +304,12 @@ fn a_refused_value_is_told_with_the_variable_that_it_came_from() {
     scratch.refused(command.env("KEYMILL_AUDIT_SYNC", "true"), 1, "KEYMILL_AUDIT_SYNC needs");
     let mut command = scratch.command("info");
     scratch.refused(command.env("KEYMILL_TIER", "fast"), 1, "KEYMILL_TIER is \"fast\"");
+    // Nor does the terminal get a command from it.
+    let mut command = scratch.command("serve");
+    let output =
+        command.env("KEYMILL_LISTEN", "\u{1b}[31m\u{9b}\u{202e}\u{200b}").output().unwrap();
+    let err = String::from_utf8(output.stderr).unwrap();
+    assert!(err.bytes().all(|byte| byte.is_ascii_graphic() || b" \n".contains(&byte)), "{err:?}");
     // A value of the command line is not the variable's.
     let mut command = scratch.command("serve --listen 127.0.0.1:0 --metrics nonsense");
     let output = command.env("KEYMILL_METRICS", "127.0.0.1:1").output().unwrap();

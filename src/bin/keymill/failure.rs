@@ -11,6 +11,8 @@ use std::{
 
 use keymill::{Error, ErrorKind, Fault};
 
+use crate::print::printable;
+
 /// Alias of `std::result::Result` with a [`Failure`].
 pub(crate) type Result<T, E = Failure> = std::result::Result<T, E>;
 
@@ -94,8 +96,10 @@ pub(crate) fn say(message: impl Display) {
     to_stderr(&format!("keymill: {message}\n"));
 }
 
-/// Writes whole lines to standard error, or to the log of a server, which may wait for nobody.
+/// Writes whole lines to standard error, or to the log of a server, which may wait for nobody. Whatever a message quotes
+/// (arguments, variables, paths, what a file holds), the terminal gets no command from it.
 fn to_stderr(lines: &str) {
+    let lines = &lines.split('\n').map(printable).collect::<Vec<_>>().join("\n");
     #[cfg(feature = "server")]
     if crate::logs::take(lines) {
         return;

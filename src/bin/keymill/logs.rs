@@ -87,7 +87,10 @@ impl Logs {
         let _ = tracing_subscriber::registry().with(layer.with_filter(targets)).try_init();
         panic::set_hook(Box::new(|panic| {
             let place = panic.location().map(ToString::to_string).unwrap_or_default();
-            let why = panic.payload_as_str().unwrap_or("(no text)");
+            let payload = panic.payload();
+            let why = payload.downcast_ref::<&str>().copied();
+            let why = why.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+            let why = why.unwrap_or("(no text)");
             tracing::error!(place, why, "panicked");
         }));
         Ok(())

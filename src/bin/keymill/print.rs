@@ -61,8 +61,9 @@ fn lined_up(table: &Table) -> String {
 }
 
 /// `text` with everything escaped that is not printable. A description may hold anything: a terminal obeys control
-/// characters, and marks of direction make text look like another one.
-fn printable(text: &str) -> String {
+/// characters, and marks of direction make text look like another one. The one rule of this program: tables and every
+/// message take it.
+pub(crate) fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for char in text.chars() {
         match char {

@@ -3,9 +3,9 @@
 //! | there is | it means |
 //! |---|---|
 //! | nothing | a file of mode 0600 is made |
-//! | a file | appended to, synced, locked, rotated; its owner is this user, root, or whoever owns the directory, and others cannot write it |
+//! | a file | appended to, synced, locked, rotated, if it passes `check_owner` |
 //! | a FIFO, a terminal, `/dev/null` | lines are written as they come: nothing to sync, lock or rotate |
-//! | an open descriptor (`/dev/stdout`, `/proc/self/fd/3`) | what it is, without rotation: its name cannot be given away |
+//! | an open descriptor (`/dev/stdout`, `/proc/self/fd/3`) | what it is, without rotation: no name to give away |
 //! | a directory, a block device, a socket with a name | refused |
 //! | a symbolic link | followed, unless a stranger made it in a directory where everybody can, such as `/tmp` |
 //!
@@ -209,7 +209,8 @@ impl Place {
         Err(refused("it is a socket, and neither standard output nor standard error"))
     }
 
-    /// A file in which a stranger could write what he likes is no audit log.
+    /// A file in which a stranger could write what he likes is no audit log: it belongs to this user, to root, or to the
+    /// owner of its directory, and others cannot write it.
     fn check_owner(&self, found: &Metadata) -> io::Result<()> {
         let directory = self.path.parent().map(fs::metadata).transpose()?;
         let of_directory = directory.map_or(found.uid(), |directory| directory.uid());

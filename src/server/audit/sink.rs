@@ -54,7 +54,7 @@ pub(super) struct LogFile {
     readable: bool,
     /// Whether the last line broke off, for a file that cannot be read.
     broken: bool,
-    /// The least length that it had after the last append. Only ever compared: a file that is shorter was cut by somebody.
+    /// The least length that it had after the last append. Only ever compared: a shorter file was cut by somebody.
     len: u64,
 }
 
@@ -300,7 +300,9 @@ fn lock(file: &File, path: &Path, patience: Duration) -> io::Result<()> {
             }
             // A file system without locks.
             Err(TryLockError::Error(error)) => {
-                tracing::warn!(?path, %error, "the audit log cannot be locked; let no other server write it");
+                tracing::warn!(
+                    ?path, %error, "the audit log cannot be locked; let no other server write it"
+                );
                 return Ok(());
             }
         }
