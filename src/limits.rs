@@ -225,6 +225,16 @@ pub const LOOK_TIME_MAX: Duration = Duration::from_secs(5);
 pub const LOOK_LOG_INTERVAL: Duration = Duration::from_secs(30);
 /// How often an engine without background threads tries to start them.
 pub const WATCHER_RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How far the clocks of machines that share a store may differ: zones that were mistaken for each other, mostly.
+pub const CLOCK_SLACK: Duration = Duration::from_secs(86_400);
+/// A wall clock that moves by more than this, beside what has passed by the steady one, was set.
+pub const CLOCK_JUMP_MAX: Duration = Duration::from_secs(60);
+/// How long wall clock and steady clock have to agree before an engine deletes a key by itself. A clock that is wrong
+/// after a start is put right within minutes, and within a day somebody reads the warning.
+pub const DELETION_OBSERVATION: Duration = Duration::from_secs(86_400);
+/// A deletion that is overdue by more than this, the longest time that one can be planned ahead, is put down to the
+/// clock: whoever runs due work by hand has to say that it is right.
+pub const DELETION_OVERDUE_MAX: Duration = Duration::from_secs(DELETION_DAYS_MAX as u64 * 86_400);
 /// Events of due work that wait to be taken from an engine.
 pub const DUE_EVENTS_MAX: usize = 65_536;
 /// How often an engine executes due rotations and deletions.

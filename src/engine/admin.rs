@@ -59,7 +59,7 @@ impl Engine {
     pub fn describe_key(&self, name: &str) -> Result<KeyMetadata> {
         self.process();
         let id = self.shared().find(name)?.record.id;
-        metadata_of(&self.shared().refresh()?, &id)
+        self.shared().metadata_of(&self.shared().refresh()?, &id)
     }
 
     /// Describes every KEK, oldest first.
@@ -69,7 +69,8 @@ impl Engine {
     pub fn list_keys(&self) -> Result<Vec<KeyMetadata>> {
         self.process();
         let stored = self.shared().refresh()?;
-        Ok(stored.iter().map(StoredKey::metadata).collect())
+        let now = self.shared().now();
+        Ok(stored.iter().map(|key| key.metadata(now)).collect())
     }
 
     /// Gives a KEK a new primary version. Everything wrapped before still opens; `generate_data_key` goes on with the
@@ -108,7 +109,9 @@ impl Engine {
     /// `InvalidParameter` for other days; as [`Engine::enable_key`].
     pub fn schedule_key_deletion(&self, name: &str, days: u32) -> Result<KeyMetadata> {
         let now = self.shared().now();
-        self.change(name, &mut |record| record.schedule_deletion(now, days))
+        let changed = self.change(name, &mut |record| record.schedule_deletion(now, days))?;
+        self.shared().warn_of_the_clock(&changed.key_id, now);
+        Ok(changed)
     }
 
     /// Cancels a scheduled deletion; the KEK is enabled afterwards. A deletion that is due can still be cancelled
@@ -190,7 +193,8 @@ impl Engine {
         }
         let NewKey { record, version, alias } = key;
         let versions = vec![version];
-        Ok(StoredKey { record, versions, aliases: alias.into_iter().collect() }.metadata())
+        Ok(StoredKey { record, versions, aliases: alias.into_iter().collect() }
+            .metadata(shared.now()))
     }
 
     fn change(
@@ -207,7 +211,7 @@ impl Engine {
             let same = changed == *record;
             Ok(if same { KeyChange::Keep } else { KeyChange::Save(changed, None) })
         })?;
-        metadata_of(&shared.refresh()?, &id)
+        shared.metadata_of(&shared.refresh()?, &id)
     }
 
     fn change_alias(
@@ -223,12 +227,13 @@ impl Engine {
     }
 }
 
-fn metadata_of(stored: &[StoredKey], id: &KeyId) -> Result<KeyMetadata> {
-    let found = stored.iter().find(|key| key.record.id == *id);
-    found.map(StoredKey::metadata).ok_or_else(|| Error::key_not_found(id.as_str()))
-}
-
 impl Shared {
+    fn metadata_of(&self, stored: &[StoredKey], id: &KeyId) -> Result<KeyMetadata> {
+        let found = stored.iter().find(|key| key.record.id == *id);
+        let found = found.ok_or_else(|| Error::key_not_found(id.as_str()))?;
+        Ok(found.metadata(self.now()))
+    }
+
     /// Gives a key a new primary version if `wanted` says so of what the store holds. Returns the version, and the record
     /// as it was before.
     ///

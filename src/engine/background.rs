@@ -17,7 +17,7 @@ use std::{
 
 use crossbeam::channel::{self, RecvTimeoutError, Sender};
 
-use super::{DueWork, Shared, freshness::Looks};
+use super::{DueWork, Shared, due::Trust, freshness::Looks};
 use crate::{
     limits::{RUN_DUE_INTERVAL, WATCH_INTERVAL, WATCHER_RETRY_INTERVAL},
     os,
@@ -130,10 +130,12 @@ fn watch(shared: &Arc<Shared>) -> io::Result<Watcher> {
     Watcher::start("keymill-watch", first, move || {
         // Noted there.
         let _ = shared.refresh_if_changed();
+        shared.observe_clocks();
         let now = shared.now();
         let soon = now.saturating_add(RUN_DUE_INTERVAL.as_secs());
         if shared.config.due_work == DueWork::ByItself && now >= due_at {
-            shared.run_due_quietly();
+            let observed = shared.observation_left().is_zero();
+            shared.run_due_quietly(if observed { Trust::Observed } else { Trust::Rotations });
             due_at = soon;
         }
         // A clock that was set back.

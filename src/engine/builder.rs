@@ -33,7 +33,8 @@ pub struct EngineBuilder {
 /// When an engine executes due rotations and deletions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DueWork {
-    /// When it opens, and every minute.
+    /// Every minute, and rotations also when it opens. Deletions once the engine has watched its clock for a day: see
+    /// [`Engine::run_due`].
     #[default]
     ByItself,
     /// When [`Engine::run_due`] is called.

@@ -3,7 +3,7 @@
 //! `mod.rs` opens engines and keeps the ring fresh; `single`, `generate` (batches), `stream` and `decrypt` are the
 //! operations on data keys, `encrypt` those on the caller's own texts, `random` gives random bytes, `admin` has the
 //! operations on KEKs and aliases, `clients` those on clients of a server, `wraps` the leases of `Direct` versions,
-//! `background` the watcher, `due` and `events` what an engine does by itself, `freshness` the bound on what goes on without the store, `outlook` what a server asks beside all that.
+//! `background` the threads, `due`, `events` and `clocks` what an engine does by itself and when, `freshness` the bound on what goes on without the store, `outlook` what a server asks beside all that.
 //!
 //! An operation whose name ends in `_as` is for a caller who may use some keys only (`keys::access`); the public one of
 //! that name is for whoever holds the engine.
@@ -16,6 +16,7 @@ mod admin;
 mod background;
 mod builder;
 mod clients;
+mod clocks;
 mod decrypt;
 mod due;
 mod encrypt;
@@ -66,6 +67,8 @@ use crate::{
     store::{KeyStore, RootKey},
 };
 use background::Watching;
+use clocks::Clocks;
+use due::Trust;
 use events::Events;
 use freshness::Looks;
 
@@ -146,6 +149,7 @@ struct Process {
     refresh: Mutex<()>,
     watching: Watching,
     looks: Looks,
+    clocks: Clocks,
     /// What the engine did by itself here.
     events: Events,
 }
@@ -277,7 +281,8 @@ impl Engine {
         });
         shared.refresh()?;
         if shared.config.due_work == DueWork::ByItself {
-            shared.run_due_quietly();
+            // Never a deletion: one look at a clock is not enough.
+            shared.run_due_quietly(Trust::Rotations);
         }
         let engine = Self(Arc::new(Handle { shared }));
         engine.process();
@@ -326,6 +331,7 @@ impl Shared {
             refresh: Mutex::new(()),
             watching: Watching::default(),
             looks: Looks::begin(inherited.map(|process| &process.looks), self.monotonic_ms()),
+            clocks: Clocks::default(),
             events: Events::default(),
         })
     }

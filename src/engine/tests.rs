@@ -3,6 +3,7 @@
 //! Method: an access that denies named keys and counts its questions, on every operation, by every way that leads to a
 //! key. Whoever may use a key gets the same as without the hook.
 
+mod due;
 mod stale;
 
 use std::{

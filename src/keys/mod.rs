@@ -5,6 +5,7 @@
 pub(crate) mod access;
 pub(crate) mod alias;
 pub(crate) mod budget;
+mod doubt;
 pub(crate) mod handle;
 pub(crate) mod id;
 pub(crate) mod ring;
@@ -191,7 +192,8 @@ pub struct KeyMetadata {
     pub state: KeyState,
     /// How often it rotates by itself, if it does.
     pub rotation_period: Option<RotationPeriod>,
-    /// When it rotates next, if it does and its state allows it.
+    /// When it rotates next, if it does and its state allows it. Now, if its last rotation is dated more than a day ahead
+    /// of the engine's clock: such a date is wrong, and the key is due.
     pub next_rotation_date: Option<SystemTime>,
     /// Its versions, the initial one first, the primary one last.
     pub versions: Vec<KeyVersionMetadata>,
@@ -222,7 +224,8 @@ impl KeyMetadata {
 }
 
 impl StoredKey {
-    pub(crate) fn metadata(&self) -> KeyMetadata {
+    /// A description of the key, as of `now`.
+    pub(crate) fn metadata(&self, now: UnixSeconds) -> KeyMetadata {
         let record = &self.record;
         KeyMetadata {
             key_id: record.id,
@@ -234,7 +237,7 @@ impl StoredKey {
             creation_date: system_time(record.created),
             state: record.state,
             rotation_period: record.rotation,
-            next_rotation_date: record.next_rotation().map(system_time),
+            next_rotation_date: record.next_rotation(now).map(system_time),
             versions: self
                 .versions
                 .iter()

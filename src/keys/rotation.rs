@@ -78,10 +78,14 @@ impl fmt::Display for RotationPeriod {
 }
 
 impl KeyRecord {
-    /// When the key rotates next. `None` without a period, or while the key's state suspends rotation.
-    pub(crate) fn next_rotation(&self) -> Option<UnixSeconds> {
+    /// When the key rotates next, as of `now`. `None` without a period, or while the key's state suspends rotation. A last
+    /// rotation in the future was dated by a wrong clock, and would put the next one off for as long: it is due now.
+    pub(crate) fn next_rotation(&self, now: UnixSeconds) -> Option<UnixSeconds> {
         let period = self.rotation?;
-        (self.state == KeyState::Enabled).then(|| self.last_rotation.saturating_add(period.0))
+        (self.state == KeyState::Enabled).then(|| match self.is_of_the_future(now) {
+            true => now,
+            false => self.last_rotation.saturating_add(period.0),
+        })
     }
 
     /// Whether the key may get a new version.

@@ -116,7 +116,7 @@ impl KeyRecord {
 
     /// Whether the key's rotation is due at `now`.
     pub(crate) fn rotation_due(&self, now: UnixSeconds) -> bool {
-        self.next_rotation().is_some_and(|due| due <= now)
+        self.next_rotation(now).is_some_and(|due| due <= now)
     }
 
     fn leave_pending(&self, wish: &str) -> Result<()> {

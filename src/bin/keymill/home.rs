@@ -9,9 +9,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use keymill::{Alias, CreateKey, DueWork, Engine, EngineBuilder, ErrorKind, RootKey};
+use keymill::{Alias, CreateKey, DueEventKind, DueWork, Engine, EngineBuilder, ErrorKind, RootKey};
 
-use crate::failure::{Failure, Result, say};
+use crate::{
+    failure::{Failure, Result, say},
+    print,
+};
 
 /// A home that may or may not exist.
 pub(crate) struct Home {
@@ -74,7 +77,14 @@ impl Home {
 
     /// Opens the engine on a home that exists.
     pub(crate) fn open(&self) -> Result<Engine> {
-        self.open_with(Engine::builder())
+        let engine = self.open_with(Engine::builder())?;
+        for event in engine.take_due_events() {
+            if let DueEventKind::Rotated { .. } = event.kind {
+                let since = event.due.map(print::time).unwrap_or_default();
+                say(format_args!("rotated {} (due since {since})", event.key_id));
+            }
+        }
+        Ok(engine)
     }
 
     /// Opens an engine that leaves due work to its caller: opening carries it out otherwise, and a later report has

@@ -47,7 +47,14 @@ pub(crate) enum Command {
         rotation: Rotation,
     },
     /// Carry out the rotations and deletions that are due
-    RunDue(Json),
+    RunDue {
+        /// Delete also keys whose date is in doubt, such as one that is overdue by more than 366 days:
+        /// the clock was checked, and is right
+        #[arg(long)]
+        clock_is_right: bool,
+        #[command(flatten)]
+        json: Json,
+    },
 }
 
 fn days(text: &str) -> std::result::Result<u32, String> {
@@ -167,7 +174,14 @@ pub(crate) fn run(home: &Home, command: Command) -> Result<()> {
             let period = every.as_deref().map(RotationPeriod::parse).transpose()?;
             change(home, key, |engine, key| engine.set_rotation(key, period))
         }
-        Command::RunDue(Json { json }) => run_due(&home.open_before_due_work()?.run_due()?, json),
+        Command::RunDue { clock_is_right, json: Json { json } } => {
+            let engine = home.open_before_due_work()?;
+            let report = match clock_is_right {
+                true => engine.run_due_by_this_clock()?,
+                false => engine.run_due()?,
+            };
+            run_due(&report, json)
+        }
     }
 }
 
