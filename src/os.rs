@@ -17,6 +17,8 @@
 //! core dumps, both as far as the system allows. A dropped box is overwritten, padding included.
 #![expect(unsafe_code, reason = "memory mapping, fork handlers and clocks are system calls")]
 
+pub(crate) mod files;
+
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,

@@ -6,13 +6,16 @@
 
 mod client_rows;
 mod memory;
+mod mend;
 mod meta;
+mod permissions;
 mod place;
 mod root_key;
 mod rows;
 mod schema;
 mod seal;
 mod sqlite;
+mod tables;
 
 use crate::{
     clients::{Client, ClientId},
@@ -20,8 +23,10 @@ use crate::{
     keys::{Alias, KeyId, KeyRecord, KeyVersionId, StoredKey, VersionRecord, alias::AliasChange},
 };
 pub(crate) use memory::MemoryStore;
+pub use mend::{MovedFile, mend_store};
 pub use root_key::RootKey;
 pub(crate) use sqlite::SqliteStore;
+pub use sqlite::check_store_path;
 
 /// A consistent image of the whole store.
 pub(crate) struct StoreImage {
@@ -166,8 +171,10 @@ fn imported_before() -> Error {
 #[cfg(test)]
 mod tests {
     mod failures;
+    mod foreign;
     mod forks;
     mod helpers;
+    mod mending;
     mod semantics;
     mod tampering;
 

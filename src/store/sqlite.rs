@@ -28,9 +28,10 @@ use std::{
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::{
-    ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, client_rows,
+    ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, client_rows, mend,
     meta::{Meta, StoredMeta, Verdict},
-    place::{COMPANIONS, Draft, with_suffix},
+    permissions,
+    place::{self, COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
     rows,
     schema::{Failure, Gate, Open, Outcome, corrupt},
@@ -68,6 +69,8 @@ impl SqliteStore {
     /// then no store.
     pub(crate) fn create(path: &Path, root: &RootKey, rng: &Rng) -> Result<Self> {
         let path = absolute(path)?;
+        check_path(&path)?;
+        permissions::check_directory(&path)?;
         let mut id = StoreId([0; 16]);
         rng.fill_from_os(&mut id.0)?;
         let keys = StoreKeys::derive(root, id, tier(rng))?;
@@ -96,14 +99,19 @@ impl SqliteStore {
     ///
     /// # Errors
     /// `StoreMissing`; `WrongRootKey`, with nothing written; `StoreCorrupt` if the file is no store of ours, or a
-    /// damaged one; `StoreUnavailable` if it cannot be read and written.
+    /// damaged one, or lies beside the log of another; `StoreUnavailable` if it cannot be read and written, or if
+    /// others can write it; `InvalidParameter` if its path is too long.
     pub(crate) fn open(path: &Path, root: &RootKey, tier: Tier) -> Result<Self> {
         let path = absolute(path)?;
         check_file(&path)?;
         watch_forks()?;
         let (keys, meta) = {
             let _gate = Gate::enter(&path)?;
-            open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?
+            if let Some(error) = mend::stale_journal(&path) {
+                return Err(error);
+            }
+            mend::open_beside_log(&path, root, tier)
+                .map_err(|failure| mend::explain(&path, failure.explain(&path), root, tier))?
         };
         let store = Self(Arc::new(Inner {
             path,
@@ -200,6 +208,7 @@ impl Inner {
         check_file(&self.path)?;
         let open = Open::file(&self.path)?;
         open.check_format(&self.path)?;
+        open.check_writable(&self.path)?;
         if StoredMeta::read(&open.sqlite)?.id != self.keys.id {
             let detail = format!("{} is another store than before.", self.path.display());
             return Err(Error::new(ErrorKind::StoreUnavailable, detail).into());
@@ -242,7 +251,7 @@ impl Inner {
     fn try_to_erase(&self, open: &mut Open) -> Outcome<bool> {
         // A deletion that another process commits meanwhile stays owed: it is beyond this number.
         let deleted = Meta::read(&open.sqlite, &self.keys)?.deleted;
-        if !open.erase_leftovers()? {
+        if !open.erase_leftovers(&self.path)? {
             return Ok(false);
         }
         let transaction = open.sqlite.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -470,27 +479,57 @@ fn save(
 }
 
 /// Sees to it that forks respect the gate, even before the first store is registered.
-fn watch_forks() -> Result<()> {
+pub(super) fn watch_forks() -> Result<()> {
     os::quiesce_before_fork(Weak::<Inner>::new())
 }
 
+/// How much of a store is verified.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Extent {
+    /// That the file is sound, and that it is a store under this root key.
+    Head,
+    /// Every record as well.
+    Whole,
+}
+
 /// Opens a store of unknown id, checks it, writes nothing, and closes it.
-fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(StoreKeys, Meta)> {
+pub(super) fn open_first(
+    path: &Path,
+    root: &RootKey,
+    tier: Tier,
+    extent: Extent,
+) -> Outcome<(StoreKeys, Meta)> {
     let open = Open::file(path)?;
+    let found = verify(&open, path, root, tier, extent)?;
+    open.check_writable(path)?;
+    Ok(found)
+}
+
+/// Checks a store as of one moment: nothing gets between the look at its schema and what trusts it.
+pub(super) fn verify(
+    open: &Open,
+    path: &Path,
+    root: &RootKey,
+    tier: Tier,
+    extent: Extent,
+) -> Outcome<(StoreKeys, Meta)> {
+    let transaction = open.sqlite.unchecked_transaction()?;
     open.check_format(path)?;
     let stored = StoredMeta::read(&open.sqlite)?;
     let keys = StoreKeys::derive(root, stored.id, tier)?;
     match stored.verdict(&keys) {
-        Verdict::Good => {
-            open.check_soundness()?;
-            Ok((keys, stored.meta))
-        }
-        Verdict::Damaged => Err(corrupt("meta", "the store")),
+        Verdict::Good => open.check_soundness()?,
+        Verdict::Damaged => return Err(corrupt("meta", "the store")),
         Verdict::WrongRootKey => {
             let detail = format!("It belongs to another store than {}.", path.display());
-            Err(Error::new(ErrorKind::WrongRootKey, detail).into())
+            return Err(Error::new(ErrorKind::WrongRootKey, detail).into());
         }
     }
+    if extent == Extent::Whole {
+        load(&open.sqlite, &keys)?;
+    }
+    transaction.commit()?;
+    Ok((keys, stored.meta))
 }
 
 fn write_new(path: &Path, keys: &StoreKeys, rng: &Rng) -> Outcome<()> {
@@ -500,16 +539,36 @@ fn write_new(path: &Path, keys: &StoreKeys, rng: &Rng) -> Outcome<()> {
     Ok(())
 }
 
+/// Checks that a store can lie at this path, whether or not there is one: `InvalidParameter` tells how long a path may
+/// be. For programs that make directories and other files before they make the store.
+///
+/// # Errors
+/// `InvalidParameter` if the path, or a name in it, is too long.
+pub fn check_store_path(path: impl AsRef<Path>) -> Result<()> {
+    check_path(&absolute(path.as_ref())?)
+}
+
+fn check_path(path: &Path) -> Result<()> {
+    place::check_length(path).map_err(Error::invalid)
+}
+
 /// Looks at the file without opening it: closing a descriptor of it would drop the locks that SQLite holds on it.
-fn check_file(path: &Path) -> Result<()> {
+pub(super) fn check_file(path: &Path) -> Result<()> {
+    check_path(path)?;
     let unavailable =
         |why: &str| Error::new(ErrorKind::StoreUnavailable, format!("{} {why}.", path.display()));
     match fs::metadata(path) {
         Ok(metadata) if metadata.is_dir() => Err(unavailable("is a directory")),
         Ok(metadata) if !metadata.is_file() => Err(unavailable("is no file")),
-        Ok(_) => Ok(()),
+        Ok(_) => permissions::check_store(path),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let detail = format!("There is no file {}.", path.display());
+            let detail = match fs::read_link(path) {
+                Ok(target) => {
+                    let (path, target) = (path.display(), target.display());
+                    format!("{path} is a link to {target}, and there is no file.")
+                }
+                Err(_) => format!("There is no file {}.", path.display()),
+            };
             Err(Error::new(ErrorKind::StoreMissing, detail))
         }
         Err(error) => Err(unavailable(&format!("cannot be read: {error}"))),
@@ -525,7 +584,7 @@ fn not_placed(path: &Path, error: &io::Error) -> Error {
     Error::new(ErrorKind::StoreUnavailable, detail)
 }
 
-fn absolute(path: &Path) -> Result<PathBuf> {
+pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).map_err(|error| not_placed(path, &error))
 }
 

@@ -9,7 +9,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use keymill::{Alias, CreateKey, DueWork, Engine, EngineBuilder, ErrorKind, RootKey};
+use keymill::{
+    Alias, CreateKey, DueWork, Engine, EngineBuilder, ErrorKind, RootKey, check_store_path,
+};
 
 use crate::failure::{Failure, Result, say};
 
@@ -84,7 +86,14 @@ impl Home {
     }
 
     fn open_with(&self, builder: EngineBuilder) -> Result<Engine> {
+        self.check_exists()?;
+        Ok(builder.open(self.store(), &self.read_root_key()?)?)
+    }
+
+    /// Refuses a home that is not there, or not whole.
+    pub(crate) fn check_exists(&self) -> Result<()> {
         let store = self.store();
+        check_store_path(&store)?;
         if !exists(&store)? {
             return Err(Failure::broke(
                 format!("there is no key store at {store:?}"),
@@ -95,7 +104,7 @@ impl Home {
         if !exists(&self.root_key())? {
             return Err(self.root_key_missing());
         }
-        Ok(builder.open(&store, &self.read_root_key()?)?)
+        Ok(())
     }
 
     /// Makes an empty home.
@@ -159,6 +168,8 @@ impl Home {
     /// Makes the directory if needed and locks it, so that of two commands that start at once on a fresh machine one
     /// makes the home and the other finds it complete. Unlocks when dropped.
     fn lock(&self) -> Result<File> {
+        // Before anything is made.
+        check_store_path(self.store())?;
         let fail = |error: io::Error| Failure::file("cannot use directory", &self.dir, &error);
         let mut builder = DirBuilder::new();
         builder.recursive(true);
@@ -174,12 +185,12 @@ impl Home {
     }
 
     /// A root key that cannot be used is a fault of the home, not of the request.
-    fn read_root_key(&self) -> Result<RootKey> {
+    pub(crate) fn read_root_key(&self) -> Result<RootKey> {
         RootKey::from_file(self.root_key()).map_err(|error| {
             Failure::broke(
                 error.to_string(),
-                "root.key is 32 bytes that its owner alone may access; restore it from its backup, \
-                 or set its mode to 0600",
+                "root.key is 32 raw bytes of the user that runs keymill, mode 0600, or of root and \
+                 readable by a group; correct that, or restore it from its backup",
             )
         })
     }
