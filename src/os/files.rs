@@ -32,6 +32,15 @@ pub(crate) fn groups() -> Vec<u32> {
     groups
 }
 
+/// Whether this process may write to what is at `path`; to a directory, whether it may make files there.
+pub(crate) fn may_write(path: &Path) -> bool {
+    let Ok(text) = CString::new(path.as_os_str().as_bytes()) else { return false };
+    let search = if path.is_dir() { libc::X_OK } else { 0 };
+    let mode = libc::R_OK | libc::W_OK | search;
+    // SAFETY: the string ends in a zero byte and outlives the call.
+    unsafe { libc::faccessat(libc::AT_FDCWD, text.as_ptr(), mode, libc::AT_EACCESS) == 0 }
+}
+
 /// Moves a file to a place where nothing is.
 ///
 /// # Errors

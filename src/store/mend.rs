@@ -16,12 +16,12 @@ use std::{
 };
 
 use super::{
+    checks::{self, Extent},
     meta::{Meta, StoredMeta},
     place::{COMPANIONS, with_suffix},
     root_key::RootKey,
-    schema::{Failure, Gate, Open, Outcome, corrupt, is_alone},
+    schema::{Failure, Gate, Open, Outcome, corrupt, is_alone, watch_forks},
     seal::StoreKeys,
-    sqlite::{self, Extent},
 };
 use crate::{
     cpu::Tier,
@@ -50,15 +50,18 @@ pub struct MovedFile {
 /// `StoreUnavailable` if another process has the store open, or the directory cannot be written; the error of
 /// `Engine::open` if the store does not pass its checks without its log either.
 pub fn mend_store(path: impl AsRef<Path>, root_key: &RootKey) -> Result<Vec<MovedFile>> {
-    let path = &sqlite::absolute(path.as_ref())?;
-    sqlite::check_file(path)?;
-    sqlite::watch_forks()?;
+    let path = &checks::absolute(path.as_ref())?;
+    checks::check_file(path)?;
+    watch_forks()?;
     let _gate = Gate::enter(path)?;
     let explain = |failure: Failure| failure.explain(path);
     let first = match stale_journal(path) {
         Some(error) => error,
         None => match open_beside_log(path, root_key, Tier::PORTABLE) {
-            Ok(_) => return Ok(Vec::new()),
+            Ok(_) => {
+                close_cleanly(path);
+                return Ok(Vec::new());
+            }
             Err(failure) => explain(failure),
         },
     };
@@ -67,10 +70,20 @@ pub fn mend_store(path: impl AsRef<Path>, root_key: &RootKey) -> Result<Vec<Move
     }
     let moved = move_companions(path).map_err(explain)?;
     open_beside_log(path, root_key, Tier::PORTABLE).map_err(explain)?;
+    close_cleanly(path);
     Ok(moved)
 }
 
-/// Opens a store as [`sqlite::open_first`] does, and checks every record if a log lies beside it, of whose state the
+/// Leaves a store that is sound as every user of it does: without a log, if nobody else has it open.
+fn close_cleanly(path: &Path) {
+    if let Ok(open) = Open::file(path)
+        && open.check_format(path).is_ok()
+    {
+        open.close_cleanly();
+    }
+}
+
+/// Opens a store as [`checks::open_first`] does, and checks every record if a log lies beside it, of whose state the
 /// head of the store says nothing. The caller is inside the [`Gate`].
 pub(super) fn open_beside_log(
     path: &Path,
@@ -78,9 +91,9 @@ pub(super) fn open_beside_log(
     tier: Tier,
 ) -> Outcome<(StoreKeys, Meta)> {
     if is_empty(&beside(path, "-wal")) {
-        return sqlite::open_first(path, root, tier, Extent::Head);
+        return checks::open_first(path, root, tier, Extent::Head);
     }
-    let found = sqlite::open_first(path, root, tier, Extent::Whole)?;
+    let found = checks::open_first(path, root, tier, Extent::Whole)?;
     // The whole log of another store under the same root key is that store.
     let alone = Open::alone(path).and_then(|open| StoredMeta::read(&open.sqlite));
     if alone.is_ok_and(|alone| alone.id != found.0.id) {
@@ -149,7 +162,7 @@ fn is_empty(path: &Path) -> bool {
 fn is_sound_alone(path: &Path, root: &RootKey, tier: Tier) -> bool {
     let check = || -> Outcome<()> {
         let open = Open::alone(path)?;
-        sqlite::verify(&open, path, root, tier, Extent::Whole)?;
+        checks::verify(&open, path, root, tier, Extent::Whole)?;
         Ok(())
     };
     check().is_ok()

@@ -4,6 +4,7 @@
 //! **inside** that transaction with what it holds at that moment. So two engines on one store never act on different
 //! pasts, and never are granted the same wraps.
 
+mod checks;
 mod client_rows;
 mod memory;
 mod mend;
@@ -22,11 +23,11 @@ use crate::{
     error::{Error, ErrorKind, Result},
     keys::{Alias, KeyId, KeyRecord, KeyVersionId, StoredKey, VersionRecord, alias::AliasChange},
 };
+pub use checks::check_store_path;
 pub(crate) use memory::MemoryStore;
 pub use mend::{MovedFile, mend_store};
 pub use root_key::RootKey;
 pub(crate) use sqlite::SqliteStore;
-pub use sqlite::check_store_path;
 
 /// A consistent image of the whole store.
 pub(crate) struct StoreImage {

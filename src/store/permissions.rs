@@ -130,6 +130,15 @@ pub(super) fn check_store(store: &Path) -> Result<()> {
     all.iter().try_for_each(|path| check(&us, path))
 }
 
+/// The first of a store's directory, its file and what lies beside it that this process may not write.
+pub(super) fn unwritable(store: &Path) -> Option<PathBuf> {
+    let real = fs::canonicalize(store).unwrap_or_else(|_| store.to_owned());
+    let companions = COMPANIONS.map(|suffix| with_suffix(&real, suffix));
+    let directory = real.parent().unwrap_or(&real).to_owned();
+    let mut all = [directory, real].into_iter().chain(companions);
+    all.find(|path| path.symlink_metadata().is_ok() && !files::may_write(path))
+}
+
 /// What is not there, or cannot be looked at, is told by whoever opens it.
 fn check(us: &Us, path: &Path) -> Result<()> {
     let Ok(metadata) = fs::metadata(path) else { return Ok(()) };

@@ -7,7 +7,7 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::Path,
     sync::{
-        RwLockReadGuard,
+        RwLockReadGuard, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
@@ -19,12 +19,13 @@ use rusqlite::{
 };
 
 use super::{
+    permissions,
     seal::FORMAT,
     tables::{self, TABLES},
 };
 use crate::{
     error::{Error, ErrorKind},
-    os::{self, Current, PerProcess},
+    os::{self, Current, PerProcess, Quiesce},
 };
 
 /// `PRAGMA application_id` of our files: "kMIL".
@@ -81,13 +82,22 @@ impl Failure {
             }
             Some(Code::CannotOpen | Code::PermissionDenied) => (
                 ErrorKind::StoreUnavailable,
-                "The store cannot be opened; its file and its directory have to be writable.",
+                "The store cannot be opened; its file, what lies beside it and its directory have to \
+                 be writable.",
             ),
             Some(Code::OutOfMemory) => (ErrorKind::Machine, "SQLite is out of memory."),
             // Corruption as SQLite sees it, tables that are not ours, values of another type than we wrote.
             _ => (ErrorKind::StoreCorrupt, "The file is damaged."),
         };
-        Error::new(kind, format!("{why} ({}: {error})", path.display()))
+        let refused = matches!(
+            error.sqlite_error_code(),
+            Some(Code::ReadOnly | Code::CannotOpen | Code::PermissionDenied)
+        );
+        let named = match permissions::unwritable(path) {
+            Some(place) if refused => format!(" This process may not write {}.", place.display()),
+            _ => String::new(),
+        };
+        Error::new(kind, format!("{why}{named} ({}: {error})", path.display()))
     }
 }
 
@@ -142,6 +152,15 @@ impl Gate {
         let gate = os::fork_gate();
         Ok(Self { _use: Use::begin(), _gate: gate })
     }
+}
+
+/// Sees to it that forks respect the gate, even before the first store is registered.
+pub(super) fn watch_forks() -> Result<(), Error> {
+    struct Nobody;
+    impl Quiesce for Nobody {
+        fn before_fork(&self) {}
+    }
+    os::quiesce_before_fork(Weak::<Nobody>::new())
 }
 
 /// Whether this is the only use of SQLite by stores of this process. The caller is inside the [`Gate`].

@@ -17,7 +17,7 @@
 //! Other users of SQLite in the process are theirs to keep still.
 
 use std::{
-    fs, io,
+    io,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -28,20 +28,21 @@ use std::{
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::{
-    ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, client_rows, mend,
-    meta::{Meta, StoredMeta, Verdict},
+    ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, checks,
+    client_rows, mend,
+    meta::{Meta, StoredMeta},
     permissions,
-    place::{self, COMPANIONS, Draft, with_suffix},
+    place::{COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
     rows,
-    schema::{Failure, Gate, Open, Outcome, corrupt},
+    schema::{Failure, Gate, Open, Outcome, watch_forks},
     seal::{StoreId, StoreKeys},
 };
 use crate::{
     clients::{self, Client, ClientId},
     cpu::Tier,
     error::{Error, ErrorKind, Result},
-    keys::{Alias, KeyId, KeyRecord, KeyVersionId, Origin, StoredKey, alias::AliasChange},
+    keys::{Alias, KeyId, KeyRecord, KeyVersionId, Origin, alias::AliasChange},
     os::{self, PerProcess, Quiesce},
     rng::Rng,
 };
@@ -68,8 +69,8 @@ impl SqliteStore {
     /// `InvalidParameter` if something is at `path` already; `StoreUnavailable` if the file cannot be written. There is
     /// then no store.
     pub(crate) fn create(path: &Path, root: &RootKey, rng: &Rng) -> Result<Self> {
-        let path = absolute(path)?;
-        check_path(&path)?;
+        let path = checks::absolute(path)?;
+        checks::check_path(&path)?;
         permissions::check_directory(&path)?;
         let mut id = StoreId([0; 16]);
         rng.fill_from_os(&mut id.0)?;
@@ -102,8 +103,8 @@ impl SqliteStore {
     /// damaged one, or lies beside the log of another; `StoreUnavailable` if it cannot be read and written, or if
     /// others can write it; `InvalidParameter` if its path is too long.
     pub(crate) fn open(path: &Path, root: &RootKey, tier: Tier) -> Result<Self> {
-        let path = absolute(path)?;
-        check_file(&path)?;
+        let path = checks::absolute(path)?;
+        checks::check_file(&path)?;
         watch_forks()?;
         let (keys, meta) = {
             let _gate = Gate::enter(&path)?;
@@ -205,7 +206,7 @@ impl Inner {
 
     /// Opens the file again after a fork, and checks that it is this store still.
     fn reopen(&self) -> Outcome<Open> {
-        check_file(&self.path)?;
+        checks::check_file(&self.path)?;
         let open = Open::file(&self.path)?;
         open.check_format(&self.path)?;
         open.check_writable(&self.path)?;
@@ -272,7 +273,7 @@ impl Quiesce for Inner {
 
 impl KeyStore for SqliteStore {
     fn load(&self) -> Result<StoreImage> {
-        self.read(load)
+        self.read(checks::load)
     }
 
     fn changes(&self) -> Result<u64> {
@@ -416,48 +417,6 @@ impl KeyStore for SqliteStore {
     }
 }
 
-/// Reads and verifies everything.
-fn load(sqlite: &Connection, keys: &StoreKeys) -> Outcome<StoreImage> {
-    let meta = Meta::read(sqlite, keys)?;
-    let mut stored = Vec::new();
-    for record in rows::read_keys(sqlite, keys)? {
-        let versions = rows::read_versions(sqlite, keys, &record)?;
-        stored.push(StoredKey { record, versions, aliases: Vec::new() });
-    }
-    stored.sort_by_key(|key| key.record.id);
-    let aliases = rows::read_aliases(sqlite, keys)?;
-    let alias_count = aliases.len();
-    for (alias, id) in aliases {
-        let at = stored
-            .binary_search_by_key(&id, |key| key.record.id)
-            .map_err(|_| corrupt("aliases", &alias))?;
-        stored[at].aliases.push(alias);
-    }
-    let mut clients = client_rows::read_clients(sqlite, keys)?;
-    // Rows that nothing asked for, or that are gone without a trace.
-    let version_count = stored.iter().map(|key| key.versions.len()).sum::<usize>();
-    for (table, found, expected) in [
-        ("keys", as_count(stored.len()), meta.keys),
-        ("aliases", as_count(alias_count), meta.aliases),
-        ("fingerprints", rows::check_fingerprints(sqlite, keys)?, meta.fingerprints),
-        ("clients", as_count(clients.len()), meta.clients),
-        ("versions", rows::count(sqlite, "versions")?, as_count(version_count)),
-        ("budgets", rows::count(sqlite, "budgets")?, as_count(version_count)),
-    ] {
-        if found != expected {
-            let detail = format!("Table {table} has {found} records; there have to be {expected}.");
-            return Err(Error::new(ErrorKind::StoreCorrupt, detail).into());
-        }
-    }
-    stored.sort_by_key(|key| (key.record.created, key.record.id));
-    clients.sort_by_key(|client| (client.creation_date, client.client_id));
-    Ok(StoreImage { changes: meta.changes.cast_unsigned(), keys: stored, clients })
-}
-
-fn as_count(len: usize) -> i64 {
-    i64::try_from(len).expect("no collection is that long")
-}
-
 /// Writes a changed record, and its new primary version if there is one.
 fn save(
     sqlite: &Connection,
@@ -478,101 +437,11 @@ fn save(
     Ok(())
 }
 
-/// Sees to it that forks respect the gate, even before the first store is registered.
-pub(super) fn watch_forks() -> Result<()> {
-    os::quiesce_before_fork(Weak::<Inner>::new())
-}
-
-/// How much of a store is verified.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Extent {
-    /// That the file is sound, and that it is a store under this root key.
-    Head,
-    /// Every record as well.
-    Whole,
-}
-
-/// Opens a store of unknown id, checks it, writes nothing, and closes it.
-pub(super) fn open_first(
-    path: &Path,
-    root: &RootKey,
-    tier: Tier,
-    extent: Extent,
-) -> Outcome<(StoreKeys, Meta)> {
-    let open = Open::file(path)?;
-    let found = verify(&open, path, root, tier, extent)?;
-    open.check_writable(path)?;
-    Ok(found)
-}
-
-/// Checks a store as of one moment: nothing gets between the look at its schema and what trusts it.
-pub(super) fn verify(
-    open: &Open,
-    path: &Path,
-    root: &RootKey,
-    tier: Tier,
-    extent: Extent,
-) -> Outcome<(StoreKeys, Meta)> {
-    let transaction = open.sqlite.unchecked_transaction()?;
-    open.check_format(path)?;
-    let stored = StoredMeta::read(&open.sqlite)?;
-    let keys = StoreKeys::derive(root, stored.id, tier)?;
-    match stored.verdict(&keys) {
-        Verdict::Good => open.check_soundness()?,
-        Verdict::Damaged => return Err(corrupt("meta", "the store")),
-        Verdict::WrongRootKey => {
-            let detail = format!("It belongs to another store than {}.", path.display());
-            return Err(Error::new(ErrorKind::WrongRootKey, detail).into());
-        }
-    }
-    if extent == Extent::Whole {
-        load(&open.sqlite, &keys)?;
-    }
-    transaction.commit()?;
-    Ok((keys, stored.meta))
-}
-
 fn write_new(path: &Path, keys: &StoreKeys, rng: &Rng) -> Outcome<()> {
     let mut open = Open::file(path)?;
     open.make_tables(|sqlite| Meta::default().insert(sqlite, keys, rng))?;
     open.close_cleanly();
     Ok(())
-}
-
-/// Checks that a store can lie at this path, whether or not there is one: `InvalidParameter` tells how long a path may
-/// be. For programs that make directories and other files before they make the store.
-///
-/// # Errors
-/// `InvalidParameter` if the path, or a name in it, is too long.
-pub fn check_store_path(path: impl AsRef<Path>) -> Result<()> {
-    check_path(&absolute(path.as_ref())?)
-}
-
-fn check_path(path: &Path) -> Result<()> {
-    place::check_length(path).map_err(Error::invalid)
-}
-
-/// Looks at the file without opening it: closing a descriptor of it would drop the locks that SQLite holds on it.
-pub(super) fn check_file(path: &Path) -> Result<()> {
-    check_path(path)?;
-    let unavailable =
-        |why: &str| Error::new(ErrorKind::StoreUnavailable, format!("{} {why}.", path.display()));
-    match fs::metadata(path) {
-        Ok(metadata) if metadata.is_dir() => Err(unavailable("is a directory")),
-        Ok(metadata) if !metadata.is_file() => Err(unavailable("is no file")),
-        Ok(_) => permissions::check_store(path),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let detail = match fs::read_link(path) {
-                Ok(target) => {
-                    let (path, target) = (path.display(), target.display());
-                    format!("{path} is a link to {target}, and there is no file.")
-                }
-                Err(_) => format!("There is no file {}.", path.display()),
-            };
-            Err(Error::new(ErrorKind::StoreMissing, detail))
-        }
-        Err(error) => Err(unavailable(&format!("cannot be read: {error}"))),
-    }
 }
 
 fn not_placed(path: &Path, error: &io::Error) -> Error {
@@ -582,10 +451,6 @@ fn not_placed(path: &Path, error: &io::Error) -> Error {
     }
     let detail = format!("The store {path} could not be made: {error}.");
     Error::new(ErrorKind::StoreUnavailable, detail)
-}
-
-pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).map_err(|error| not_placed(path, &error))
 }
 
 fn tier(rng: &Rng) -> Tier {
