@@ -99,7 +99,7 @@ pub use engine::{
 pub use error::{Error, ErrorKind, Fault, Result};
 pub use keys::{
     Alias, KeyHandle, KeyId, KeyMetadata, KeySpec, KeyState, KeyVersionId, KeyVersionMetadata,
-    Origin, RotationPeriod,
+    Origin, RotationPeriod, TextForm,
 };
 pub use pool::{KeyPool, KeyPoolConfig, KeyPoolMetrics};
 pub use request::{
@@ -109,7 +109,7 @@ pub use request::{
 };
 pub use request_id::RequestId;
 pub use secret::SecretBytes;
-pub use store::RootKey;
+pub use store::{MovedFile, RootKey, check_store_path, mend_store};
 pub use wrap::Scheme;
 
 /// The code of the README, compiled and run by the tests.

@@ -19,6 +19,7 @@
 
 #[cfg(feature = "server")]
 pub(crate) mod descriptors;
+pub(crate) mod files;
 
 use std::{
     cell::{Cell, RefCell},

@@ -322,7 +322,7 @@ fn a_root_key_file_that_is_not_right_is_refused() {
         refused(&format!("has {len} bytes"));
     }
     fs::write(&path, [5; 32]).unwrap();
-    for mode in [0o640, 0o604, 0o620, 0o602, 0o660, 0o666, 0o777, 0o610] {
+    for mode in [0o604, 0o620, 0o602, 0o660, 0o666, 0o777, 0o610] {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         refused("chmod 600");
     }
@@ -386,7 +386,7 @@ fn a_read_only_store_is_refused_and_left_alone() {
     thread::spawn(|| {
         let sample = Sample::new();
         let place = tempfile::tempdir().unwrap();
-        if !mount_tmpfs(place.path(), c"size=4m") {
+        if !mount_tmpfs(place.path(), c"size=4m,mode=700") {
             return;
         }
         let store = place.path().join("keys.db");
@@ -469,7 +469,7 @@ fn fill_up(store: &Path) {
 #[test]
 fn a_full_disk_refuses_and_loses_nothing() {
     thread::spawn(|| {
-        for size in [c"size=768k", c"size=1m"] {
+        for size in [c"size=768k,mode=700", c"size=1m,mode=700"] {
             let place = tempfile::tempdir().unwrap();
             if !mount_tmpfs(place.path(), size) {
                 return;

@@ -11,6 +11,7 @@ pub(crate) mod id;
 pub(crate) mod ring;
 pub(crate) mod rotation;
 pub(crate) mod state;
+pub(crate) mod text_form;
 
 use std::{
     fmt,
@@ -27,6 +28,7 @@ pub use handle::KeyHandle;
 pub use id::{KeyId, KeyVersionId};
 pub use rotation::RotationPeriod;
 pub use state::KeyState;
+pub use text_form::TextForm;
 
 /// Seconds since 1970, as the store keeps times.
 pub(crate) type UnixSeconds = u64;

@@ -63,7 +63,9 @@ pub(super) struct Held {
 
 impl Held {
     pub(super) fn new(open: Open, file: FileId, path: &Path) -> Self {
-        Self { open, file, log: None, log_path: with_suffix(path, "-wal") }
+        // SQLite keeps the log beside the file itself, not beside a link to it.
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        Self { open, file, log: None, log_path: with_suffix(&path, "-wal") }
     }
 
     /// Whether the store is at `path` still, file and log. Where the file system cannot tell at the moment, it is taken

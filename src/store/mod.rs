@@ -4,24 +4,30 @@
 //! **inside** that transaction with what it holds at that moment. So two engines on one store never act on different
 //! pasts, and never are granted the same wraps.
 
+mod checks;
 mod client_rows;
 mod identity;
 mod image;
 mod memory;
+mod mend;
 mod meta;
+mod permissions;
 mod place;
 mod root_key;
 mod rows;
 mod schema;
 mod seal;
 mod sqlite;
+mod tables;
 
 use crate::{
     clients::{Client, ClientId},
     error::{Error, ErrorKind, Result},
     keys::{Alias, KeyId, KeyRecord, KeyVersionId, StoredKey, VersionRecord, alias::AliasChange},
 };
+pub use checks::check_store_path;
 pub(crate) use memory::MemoryStore;
+pub use mend::{MovedFile, mend_store};
 pub use root_key::RootKey;
 pub(crate) use sqlite::SqliteStore;
 
@@ -193,8 +199,10 @@ fn imported_before() -> Error {
 #[cfg(test)]
 mod tests {
     mod failures;
+    mod foreign;
     mod forks;
     mod helpers;
+    mod mending;
     mod semantics;
     mod tampering;
 

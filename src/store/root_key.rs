@@ -1,27 +1,25 @@
 //! The root key: 32 bytes that open a store, kept in a file of their own.
 //!
-//! The file holds the 32 bytes and nothing else. What is made from a root key is `seal.rs`.
+//! The file holds the 32 bytes and nothing else; who may read it is `permissions.rs`. What is made from a root key is
+//! `seal.rs`.
 
 use std::{
     fmt, fs,
     io::{self, Read},
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
 use zeroize::Zeroizing;
 
-use super::place::Draft;
+use super::{permissions, place::Draft};
 use crate::{
     cpu::Tier,
     error::{Error, ErrorKind, Result},
+    keys::TextForm,
     limits::ROOT_KEY_LEN,
     os::LockedBox,
     rng::Rng,
 };
-
-/// Permissions of group and others, of which a root key's file may have none.
-const NOT_OWNER: u32 = 0o077;
 
 /// The key that opens a store: every record of the store is sealed or authenticated under keys made from it.
 ///
@@ -59,8 +57,9 @@ impl RootKey {
     /// Reads a root key from its file.
     ///
     /// # Errors
-    /// `InvalidParameter` if there is no such file, if it has not exactly 32 bytes, or if anyone but its owner may
-    /// access it; `Machine` if it cannot be read.
+    /// `InvalidParameter` if there is no such file, if it has not exactly 32 bytes, if they are text, or if others may
+    /// access it: the owner has to be the effective user or root, and may let a group read it that this process is in
+    /// (root any group); `Machine` if it cannot be read.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = &absolute(path.as_ref())?;
         let metadata = match fs::metadata(path) {
@@ -76,15 +75,11 @@ impl RootKey {
             }
             Err(error) => return Err(failed("read", path, &error)),
         };
-        if metadata.mode() & NOT_OWNER != 0 {
-            let mode = metadata.mode() & 0o777;
-            let why = format!(
-                "has mode {mode:04o}, so others than its owner may access it; run `chmod 600` on it"
-            );
+        if let Some(why) = permissions::refuses_root_key(&metadata) {
             return Err(refused(path, &why));
         }
-        // One byte more than a key has, so that a longer file is seen as one.
-        let mut bytes = Zeroizing::new([0; ROOT_KEY_LEN + 1]);
+        // More bytes than a key has, so that a longer file is seen as one, and for what it is.
+        let mut bytes = Zeroizing::new([0; READ_MAX]);
         let mut len = 0;
         while len < bytes.len() {
             match file.read(&mut bytes[len..]) {
@@ -94,9 +89,11 @@ impl RootKey {
                 Err(error) => return Err(failed("read", path, &error)),
             }
         }
-        if len != ROOT_KEY_LEN {
+        let form = TextForm::of(&bytes[..len]).map(told).unwrap_or_default();
+        if len != ROOT_KEY_LEN || !form.is_empty() {
             let len = metadata.len().max(len as u64);
-            return Err(refused(path, &format!("has {len} bytes; a root key has {ROOT_KEY_LEN}")));
+            let why = format!("has {len} bytes{form}; a root key has {ROOT_KEY_LEN} raw bytes");
+            return Err(refused(path, &why));
         }
         Self::from_bytes(&bytes[..ROOT_KEY_LEN])
     }
@@ -104,13 +101,18 @@ impl RootKey {
     /// Takes a root key from the caller, who wipes `bytes`.
     ///
     /// # Errors
-    /// `InvalidParameter` for a length other than 32 bytes.
+    /// `InvalidParameter` for a length other than 32 bytes, and for hex or base64 text.
     ///
     /// Uniqueness: the bytes have to be random and unknown to others; a password is no root key.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         if bytes.len() != ROOT_KEY_LEN {
             let len = bytes.len();
             let why = format!("The root key has {len} bytes; it has to have {ROOT_KEY_LEN}.");
+            return Err(Error::invalid(why));
+        }
+        // Not other text: whoever calls this may have a use for a constant, and a file is where people put words.
+        if let Some(form @ (TextForm::Hex | TextForm::Base64)) = TextForm::of(bytes) {
+            let why = format!("The root key has {ROOT_KEY_LEN} bytes{}.", told(form));
             return Err(Error::invalid(why));
         }
         let mut boxed = LockedBox::new_with(|| [0; ROOT_KEY_LEN])?;
@@ -129,6 +131,21 @@ impl fmt::Debug for RootKey {
     }
 }
 
+/// As much of a file as tells what it is.
+const READ_MAX: usize = 256;
+
+/// What text in the place of a root key looks like and what to do, in words that follow its length.
+fn told(form: TextForm) -> &'static str {
+    match form {
+        TextForm::Hex => ", which look like hex: decode them by `xxd -r -p`",
+        TextForm::Base64 => ", which look like base64: decode them by `base64 -d`",
+        TextForm::Text => ", which look like text, and a password is no root key",
+        TextForm::LineEnd => {
+            ", of which the last is a line end: write it without, as `printf` does"
+        }
+    }
+}
+
 fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).map_err(|error| failed("found", path, &error))
 }
@@ -144,7 +161,7 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     use super::*;
 
@@ -198,16 +215,45 @@ mod tests {
     }
 
     #[test]
-    fn any_access_of_others_is_refused_with_the_remedy() {
+    fn access_of_others_is_refused_with_the_remedy() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("root.key");
-        for bit in [0o040, 0o020, 0o010, 0o004, 0o002, 0o001] {
+        for bit in [0o020, 0o010, 0o004, 0o002, 0o001] {
             write(&path, &[1; 32], 0o600 | bit);
             let error = RootKey::from_file(&path).unwrap_err();
             assert!(error.message().contains("chmod 600"), "{error}");
         }
-        write(&path, &[1; 32], 0o400);
-        assert!(RootKey::from_file(&path).is_ok());
+        // A group that this process is in, or that root has chosen, may read.
+        for mode in [0o400, 0o440, 0o600, 0o640] {
+            write(&path, &[1; 32], mode);
+            RootKey::from_file(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn text_is_no_root_key_whatever_it_spells() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("root.key");
+        let hex = "0123456789abcdef".repeat(4);
+        for (text, named) in [
+            (&hex[..32], "look like hex"),
+            (&hex[..], "look like hex"),
+            (&format!("{hex}\n"), "look like hex"),
+            ("n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is", "look like base64"),
+            ("n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg=\n", "look like base64"),
+            ("correct horse battery staple, ok", "look like text"),
+        ] {
+            write(&path, text.as_bytes(), 0o600);
+            let error = RootKey::from_file(&path).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidParameter);
+            assert!(error.message().contains(named), "{error}");
+            assert!(!error.message().contains(&text[..8]), "a secret in a message: {error}");
+        }
+        write(&path, &[&[7; 32][..], b"\n"].concat(), 0o600);
+        let error = RootKey::from_file(&path).unwrap_err();
+        assert!(error.message().contains("line end"), "{error}");
+        assert!(RootKey::from_bytes(&hex.as_bytes()[..32]).is_err());
+        assert!(RootKey::from_bytes(b"n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is").is_err());
     }
 
     #[test]

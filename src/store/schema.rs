@@ -1,36 +1,31 @@
-//! The SQLite file: its tables, its settings, and what SQLite's errors mean to us.
+//! The SQLite file: its settings, its format, and what SQLite's errors mean to us.
 //!
-//! Says nothing about what is in the rows (`rows.rs`), about when connections exist and forks (`sqlite.rs`).
-//!
-//! | table | a row for each | authenticated by |
-//! |---|---|---|
-//! | `meta` | store: id, change counter, row counts, deletions and erasures | MAC; the check value by its seal |
-//! | `keys` | KEK | MAC; its `version_count` says which versions have to be there |
-//! | `versions` | key version, material included | seal |
-//! | `budgets` | key version: wraps granted | MAC |
-//! | `aliases` | alias | MAC |
-//! | `fingerprints` | material that was ever imported | MAC |
-//! | `clients` | client of the server, public key included | MAC |
-//!
-//! Whoever can write the file could plant triggers and views that run inside our statements, so the connection runs
-//! with neither, and a file whose schema is not letter for letter ours is refused.
+//! Says nothing about what is in the rows (`rows.rs`), about when connections exist and forks (`sqlite.rs`). Which tables
+//! there are, and that there is nothing else, is `tables.rs`.
 
 use std::{
+    os::unix::ffi::OsStrExt,
     path::Path,
     sync::{
-        RwLockReadGuard,
+        RwLockReadGuard, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::Duration,
 };
 
-use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig, ffi::ErrorCode};
+use rusqlite::{
+    Connection, OpenFlags, TransactionBehavior, config::DbConfig, ffi::ErrorCode, limits::Limit,
+};
 
-use super::seal::FORMAT;
+use super::{
+    permissions,
+    seal::FORMAT,
+    tables::{self, TABLES},
+};
 use crate::{
     error::{Error, ErrorKind},
-    os::{self, Current, PerProcess},
+    os::{self, Current, PerProcess, Quiesce},
 };
 
 /// `PRAGMA application_id` of our files: "kMIL".
@@ -38,51 +33,12 @@ pub(super) const APPLICATION_ID: i32 = 0x6b4d_494c;
 /// How often, and how many times, to look whether another process's transaction is over: for ten seconds.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
 const BUSY_TRIES: i32 = 5000;
-
-/// The statements that make the tables, as SQLite keeps them in its schema.
-pub(super) const TABLES: [(&str, &str); 7] = [
-    (
-        "meta",
-        "CREATE TABLE meta (one INTEGER PRIMARY KEY CHECK (one = 1), store_id BLOB NOT NULL, \
-         check_value BLOB NOT NULL, changes INTEGER NOT NULL, keys INTEGER NOT NULL, \
-         aliases INTEGER NOT NULL, fingerprints INTEGER NOT NULL, clients INTEGER NOT NULL, \
-         deleted INTEGER NOT NULL, erased INTEGER NOT NULL, mac BLOB NOT NULL) STRICT",
-    ),
-    (
-        "keys",
-        "CREATE TABLE keys (id TEXT NOT NULL PRIMARY KEY, spec TEXT NOT NULL, \
-         scheme TEXT NOT NULL, origin TEXT NOT NULL, description TEXT NOT NULL, \
-         created INTEGER NOT NULL, state TEXT NOT NULL, deletion_due INTEGER, rotation INTEGER, \
-         last_rotation INTEGER NOT NULL, version_count INTEGER NOT NULL, mac BLOB NOT NULL) STRICT",
-    ),
-    (
-        "versions",
-        "CREATE TABLE versions (id TEXT NOT NULL PRIMARY KEY, \
-         key_id TEXT NOT NULL REFERENCES keys, ordinal INTEGER NOT NULL, \
-         created INTEGER NOT NULL, sealed BLOB NOT NULL, UNIQUE (key_id, ordinal)) STRICT",
-    ),
-    (
-        "budgets",
-        "CREATE TABLE budgets (version_id TEXT NOT NULL PRIMARY KEY REFERENCES versions, \
-         spent INTEGER NOT NULL, mac BLOB NOT NULL) STRICT",
-    ),
-    (
-        "aliases",
-        "CREATE TABLE aliases (alias TEXT NOT NULL PRIMARY KEY, \
-         key_id TEXT NOT NULL REFERENCES keys, mac BLOB NOT NULL) STRICT",
-    ),
-    (
-        "fingerprints",
-        "CREATE TABLE fingerprints (fingerprint BLOB NOT NULL PRIMARY KEY, \
-         mac BLOB NOT NULL) STRICT",
-    ),
-    (
-        "clients",
-        "CREATE TABLE clients (id TEXT NOT NULL PRIMARY KEY, name TEXT NOT NULL, \
-         created INTEGER NOT NULL, state TEXT NOT NULL, permissions TEXT NOT NULL, \
-         key_patterns TEXT NOT NULL, public_key BLOB NOT NULL, mac BLOB NOT NULL) STRICT",
-    ),
-];
+/// Most bytes of a value or row: far more than any of ours has. A longer one is no record of ours.
+const VALUE_LEN_MAX: i32 = 1 << 20;
+/// Most bytes of a statement, those of the schema included.
+const SQL_LEN_MAX: i32 = 64 << 10;
+/// Deepest expression.
+const EXPR_DEPTH_MAX: i32 = 100;
 
 /// An error on its way out of a transaction.
 pub(super) enum Failure {
@@ -126,13 +82,22 @@ impl Failure {
             }
             Some(Code::CannotOpen | Code::PermissionDenied) => (
                 ErrorKind::StoreUnavailable,
-                "The store cannot be opened; its file and its directory have to be writable.",
+                "The store cannot be opened; its file, what lies beside it and its directory have to \
+                 be writable.",
             ),
             Some(Code::OutOfMemory) => (ErrorKind::Machine, "SQLite is out of memory."),
             // Corruption as SQLite sees it, tables that are not ours, values of another type than we wrote.
             _ => (ErrorKind::StoreCorrupt, "The file is damaged."),
         };
-        Error::new(kind, format!("{why} ({}: {error})", path.display()))
+        let refused = matches!(
+            error.sqlite_error_code(),
+            Some(Code::ReadOnly | Code::CannotOpen | Code::PermissionDenied)
+        );
+        let named = match permissions::unwritable(path) {
+            Some(place) if refused => format!(" This process may not write {}.", place.display()),
+            _ => String::new(),
+        };
+        Error::new(kind, format!("{why}{named} ({}: {error})", path.display()))
     }
 }
 
@@ -189,6 +154,20 @@ impl Gate {
     }
 }
 
+/// Sees to it that forks respect the gate, even before the first store is registered.
+pub(super) fn watch_forks() -> Result<(), Error> {
+    struct Nobody;
+    impl Quiesce for Nobody {
+        fn before_fork(&self) {}
+    }
+    os::quiesce_before_fork(Weak::<Nobody>::new())
+}
+
+/// Whether this is the only use of SQLite by stores of this process. The caller is inside the [`Gate`].
+pub(super) fn is_alone() -> bool {
+    sqlite().uses.load(Ordering::SeqCst) == 1
+}
+
 struct Use(Current<Sqlite>);
 
 impl Use {
@@ -203,6 +182,21 @@ impl Drop for Use {
     fn drop(&mut self) {
         self.0.uses.fetch_sub(1, Ordering::SeqCst);
     }
+}
+
+/// The address of a file that SQLite is to believe nobody changes. Bytes that mean something in an address are escaped,
+/// and so is every byte that is no ASCII.
+fn immutable_uri(path: &Path) -> String {
+    use std::fmt::Write;
+    let mut uri = "file:".to_owned();
+    for byte in path.as_os_str().as_bytes() {
+        if byte.is_ascii_alphanumeric() || b"/._-".contains(byte) {
+            uri.push(char::from(*byte));
+        } else {
+            let _ = write!(uri, "%{byte:02x}");
+        }
+    }
+    uri + "?immutable=1"
 }
 
 /// SQLite's own handler looks every 100 ms, and nobody queues for its lock: beside two processes that write without
@@ -229,6 +223,44 @@ impl Open {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let mut sqlite = Connection::open_with_flags(path, flags)?;
         sqlite.busy_handler(Some(wait_for_others))?;
+        Self::guarded(sqlite, in_use)
+    }
+
+    /// Opens the file as if nothing lay beside it: without its log, without locks, for reading alone. What is read is
+    /// wrong if somebody writes meanwhile, so whoever asks has to verify it.
+    ///
+    /// The caller is inside the [`Gate`].
+    pub(super) fn alone(path: &Path) -> Outcome<Self> {
+        let in_use = Use::begin();
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX
+            | OpenFlags::SQLITE_OPEN_URI;
+        let sqlite = Connection::open_with_flags(immutable_uri(path), flags)?;
+        Self::guarded(sqlite, in_use)
+    }
+
+    /// Opens the file so that nobody else can while this connection lives. `None` if somebody has it open.
+    ///
+    /// Reads no more than the first page. The log is left as it is, and one that makes no sense is no failure. The
+    /// caller is inside the [`Gate`].
+    pub(super) fn exclusively(path: &Path) -> Outcome<Option<Self>> {
+        let in_use = Use::begin();
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let sqlite = Connection::open_with_flags(path, flags)?;
+        sqlite.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        sqlite.busy_timeout(Duration::ZERO)?;
+        // Every connection to a store in WAL mode holds a shared lock of the file from its first look on. With this
+        // setting, made before the first look, ours is exclusive and stays.
+        sqlite.execute_batch("PRAGMA locking_mode = EXCLUSIVE")?;
+        let locked = sqlite.execute_batch("BEGIN EXCLUSIVE; COMMIT");
+        match locked.as_ref().map_err(rusqlite::Error::sqlite_error_code) {
+            Err(Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked)) => Ok(None),
+            _ => Ok(Some(Self { sqlite, _use: in_use })),
+        }
+    }
+
+    /// Settings under which a file may be read that somebody else wrote.
+    fn guarded(sqlite: Connection, in_use: Use) -> Outcome<Self> {
         for (setting, on) in [
             // Closing is quick, and leaves alone what it was not asked to change.
             (DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true),
@@ -238,6 +270,14 @@ impl Open {
             (DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true),
         ] {
             sqlite.set_db_config(setting, on)?;
+        }
+        // The schema is parsed before anybody can look at it.
+        for (limit, most) in [
+            (Limit::SQLITE_LIMIT_LENGTH, VALUE_LEN_MAX),
+            (Limit::SQLITE_LIMIT_SQL_LENGTH, SQL_LEN_MAX),
+            (Limit::SQLITE_LIMIT_EXPR_DEPTH, EXPR_DEPTH_MAX),
+        ] {
+            sqlite.set_limit(limit, most)?;
         }
         // Deleted content is overwritten with zeros; nothing is kept in temporary files.
         sqlite.execute_batch(
@@ -271,7 +311,7 @@ impl Open {
         Ok(())
     }
 
-    /// Checks that the file is a store of our format that can be written. Reads only.
+    /// Checks that the file is a store of our format, with our tables and nothing else. Reads only.
     pub(super) fn check_format(&self, path: &Path) -> Outcome<()> {
         let pragma = |name| self.sqlite.pragma_query_value(None, name, |row| row.get::<_, i32>(0));
         let (application, format) = (pragma("application_id")?, pragma("user_version")?);
@@ -286,20 +326,11 @@ impl Open {
             );
             return Err(Error::new(ErrorKind::StoreCorrupt, detail).into());
         }
-        let mut statement = self.sqlite.prepare(
-            "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' \
-             ORDER BY rowid",
-        )?;
-        let schema = statement
-            .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?
-            .collect::<Result<Vec<_>, _>>()?;
-        let ours = |(found, table): (&(String, String), &(&str, &str))| {
-            (found.0.as_str(), found.1.as_str()) == *table
-        };
-        if schema.len() != TABLES.len() || !schema.iter().zip(&TABLES).all(ours) {
-            let detail = format!("The tables of {} are not as they were made.", path.display());
-            return Err(Error::new(ErrorKind::StoreCorrupt, detail).into());
-        }
+        tables::check(&self.sqlite, path)
+    }
+
+    /// Checks that the file can be written.
+    pub(super) fn check_writable(&self, path: &Path) -> Outcome<()> {
         if self.sqlite.is_readonly("main")? {
             let detail = format!("The store is read-only. ({})", path.display());
             return Err(Error::new(ErrorKind::StoreUnavailable, detail).into());
@@ -323,7 +354,9 @@ impl Open {
     /// row lay before may stay as it was: SQLite 3.40 left 1 of 6,700 deleted rows readable in an experiment.
     ///
     /// `false` if a reader is in the way.
-    pub(super) fn erase_leftovers(&self) -> rusqlite::Result<bool> {
+    pub(super) fn erase_leftovers(&self, path: &Path) -> Outcome<bool> {
+        // VACUUM runs the statements of the schema, whoever wrote them since the store was opened.
+        tables::check(&self.sqlite, path)?;
         self.sqlite.execute_batch("VACUUM")?;
         let busy: i64 =
             self.sqlite.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;

@@ -23,7 +23,7 @@
 //! granted before is used or given back afterwards.
 
 use std::{
-    fs, io,
+    io,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -35,14 +35,17 @@ use arc_swap::ArcSwapOption;
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::{
-    ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, client_rows,
+    ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, checks,
+    client_rows,
     identity::{FileId, Held, replaced},
     image::load,
+    mend,
     meta::{Meta, StoredMeta, Verdict},
+    permissions,
     place::{COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
     rows,
-    schema::{Failure, Gate, Open, Outcome, corrupt},
+    schema::{Failure, Gate, Open, Outcome, watch_forks},
     seal::{StoreId, StoreKeys},
 };
 use crate::{
@@ -89,7 +92,9 @@ impl SqliteStore {
     /// `InvalidParameter` if something is at `path` already; `StoreUnavailable` if the file cannot be written. There is
     /// then no store.
     pub(crate) fn create(path: &Path, root: &RootKey, rng: &Rng) -> Result<Self> {
-        let path = absolute(path)?;
+        let path = checks::absolute(path)?;
+        checks::check_path(&path)?;
+        permissions::check_directory(&path)?;
         let mut id = StoreId([0; 16]);
         rng.fill_from_os(&mut id.0)?;
         let keys = StoreKeys::derive(root, id, tier(rng))?;
@@ -118,16 +123,20 @@ impl SqliteStore {
     ///
     /// # Errors
     /// `StoreMissing`; `WrongRootKey`, with nothing written; `StoreCorrupt` if the file is no store of ours, or a
-    /// damaged one; `StoreUnavailable` if it cannot be read and written.
+    /// damaged one, or lies beside the log of another; `StoreUnavailable` if it cannot be read and written, or if
+    /// others can write it; `InvalidParameter` if its path is too long.
     pub(crate) fn open(path: &Path, root: &RootKey, tier: Tier) -> Result<Self> {
-        let path = absolute(path)?;
-        check_file(&path)?;
+        let path = checks::absolute(path)?;
+        checks::check_file(&path)?;
         watch_forks()?;
         let (keys, meta, file) = {
             let _gate = Gate::enter(&path)?;
+            if let Some(error) = mend::stale_journal(&path) {
+                return Err(error);
+            }
             let file = FileId::at(&path).map_err(|error| not_readable(&path, &error))?;
-            let (keys, meta) =
-                open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?;
+            let (keys, meta) = mend::open_beside_log(&path, root, tier)
+                .map_err(|failure| mend::explain(&path, failure.explain(&path), root, tier))?;
             (keys, meta, file)
         };
         let store = Self(Arc::new(Inner {
@@ -255,7 +264,7 @@ impl Inner {
 
     /// Opens the file again, after a fork or because another lies there now, and checks that it is this store still.
     fn reopen(&self, wanted: Wanted) -> Outcome<Held> {
-        check_file(&self.path).inspect_err(|error| {
+        checks::check_file(&self.path).inspect_err(|error| {
             if error.kind() == ErrorKind::StoreMissing {
                 self.accepted.store(None);
             }
@@ -268,8 +277,12 @@ impl Inner {
                 return Err(replaced(&self.path).into());
             }
         }
+        if !known && let Some(error) = mend::stale_journal(&self.path) {
+            return Err(error.into());
+        }
         let open = Open::file(&self.path)?;
         open.check_format(&self.path)?;
+        open.check_writable(&self.path)?;
         let stored = StoredMeta::read(&open.sqlite)?;
         if stored.id != self.keys.id {
             let detail = format!("{} is another store than before.", self.path.display());
@@ -324,7 +337,7 @@ impl Inner {
     fn try_to_erase(&self, open: &mut Open) -> Outcome<bool> {
         // A deletion that another process commits meanwhile stays owed: it is beyond this number.
         let deleted = Meta::read(&open.sqlite, &self.keys)?.deleted;
-        if !open.erase_leftovers()? {
+        if !open.erase_leftovers(&self.path)? {
             return Ok(false);
         }
         let transaction = open.sqlite.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -536,51 +549,11 @@ fn save(
     Ok(())
 }
 
-/// Sees to it that forks respect the gate, even before the first store is registered.
-fn watch_forks() -> Result<()> {
-    os::quiesce_before_fork(Weak::<Inner>::new())
-}
-
-/// Opens a store of unknown id, checks it, writes nothing, and closes it.
-fn open_first(path: &Path, root: &RootKey, tier: Tier) -> Outcome<(StoreKeys, Meta)> {
-    let open = Open::file(path)?;
-    open.check_format(path)?;
-    let stored = StoredMeta::read(&open.sqlite)?;
-    let keys = StoreKeys::derive(root, stored.id, tier)?;
-    match stored.verdict(&keys) {
-        Verdict::Good => {
-            open.check_soundness()?;
-            Ok((keys, stored.meta))
-        }
-        Verdict::Damaged => Err(corrupt("meta", "the store")),
-        Verdict::WrongRootKey => {
-            let detail = format!("It belongs to another store than {}.", path.display());
-            Err(Error::new(ErrorKind::WrongRootKey, detail).into())
-        }
-    }
-}
-
 fn write_new(path: &Path, keys: &StoreKeys, rng: &Rng) -> Outcome<()> {
     let mut open = Open::file(path)?;
     open.make_tables(|sqlite| Meta::default().insert(sqlite, keys, rng))?;
     open.close_cleanly();
     Ok(())
-}
-
-/// Looks at the file without opening it: closing a descriptor of it would drop the locks that SQLite holds on it.
-fn check_file(path: &Path) -> Result<()> {
-    let unavailable =
-        |why: &str| Error::new(ErrorKind::StoreUnavailable, format!("{} {why}.", path.display()));
-    match fs::metadata(path) {
-        Ok(metadata) if metadata.is_dir() => Err(unavailable("is a directory")),
-        Ok(metadata) if !metadata.is_file() => Err(unavailable("is no file")),
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let detail = format!("There is no file {}.", path.display());
-            Err(Error::new(ErrorKind::StoreMissing, detail))
-        }
-        Err(error) => Err(unavailable(&format!("cannot be read: {error}"))),
-    }
 }
 
 fn not_readable(path: &Path, error: &io::Error) -> Error {
@@ -595,10 +568,6 @@ fn not_placed(path: &Path, error: &io::Error) -> Error {
     }
     let detail = format!("The store {path} could not be made: {error}.");
     Error::new(ErrorKind::StoreUnavailable, detail)
-}
-
-fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).map_err(|error| not_placed(path, &error))
 }
 
 fn tier(rng: &Rng) -> Tier {

@@ -155,14 +155,15 @@ pub(crate) fn hint(kind: ErrorKind) -> &'static str {
             "put back the root.key that was made with this keys.db, or choose another --home"
         }
         ErrorKind::StoreCorrupt => {
-            "restore keys.db from a backup; make sure that --home is the directory you mean"
+            "make sure that --home is the directory you mean; do what the message says, or else \
+             stop what uses the store, restore keys.db from a backup and run `keymill mend`"
         }
         ErrorKind::StoreMissing => {
             "`keymill init` makes a key store; --home DIR or KEYMILL_HOME choose another place"
         }
         ErrorKind::StoreUnavailable => {
-            "check the free disk space and the permissions of the directory of keys.db; if another \
-             program holds the store, try again"
+            "check the free disk space, and owner and mode of keys.db and its directory; if \
+             another program holds the store, try again"
         }
         _ => "check memory, disk space and permissions of this machine, then try again",
     }
@@ -177,6 +178,7 @@ fn io_hint(error: &io::Error) -> &'static str {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "free some disk space, or choose another place"
         }
+        io::ErrorKind::InvalidFilename => "a name or the whole path is too long; choose a shorter",
         io::ErrorKind::IsADirectory => "name a file, not a directory",
         io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
             "a file lies where a directory should be; choose another place"

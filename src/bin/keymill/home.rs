@@ -9,7 +9,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use keymill::{Alias, CreateKey, DueEventKind, DueWork, Engine, EngineBuilder, ErrorKind, RootKey};
+use keymill::{
+    Alias, CreateKey, DueEventKind, DueWork, Engine, EngineBuilder, ErrorKind, RootKey,
+    check_store_path,
+};
 
 use crate::{
     failure::{Failure, Result, say},
@@ -95,7 +98,14 @@ impl Home {
 
     /// Opens the engine with these settings.
     pub(crate) fn open_with(&self, builder: EngineBuilder) -> Result<Engine> {
+        self.check_exists()?;
+        Ok(builder.open(self.store(), &self.read_root_key()?)?)
+    }
+
+    /// Refuses a home that is not there, or not whole.
+    pub(crate) fn check_exists(&self) -> Result<()> {
         let store = self.store();
+        check_store_path(&store)?;
         if !exists(&store)? {
             return Err(Failure::broke(
                 format!("there is no key store at {store:?}"),
@@ -106,7 +116,7 @@ impl Home {
         if !exists(&self.root_key())? {
             return Err(self.root_key_missing());
         }
-        Ok(builder.open(&store, &self.read_root_key()?)?)
+        Ok(())
     }
 
     /// Makes an empty home.
@@ -170,6 +180,8 @@ impl Home {
     /// Makes the directory if needed and locks it, so that of two commands that start at once on a fresh machine one
     /// makes the home and the other finds it complete. Unlocks when dropped.
     fn lock(&self) -> Result<File> {
+        // Before anything is made.
+        check_store_path(self.store())?;
         let fail = |error: io::Error| Failure::file("cannot use directory", &self.dir, &error);
         let mut builder = DirBuilder::new();
         builder.recursive(true);
@@ -185,12 +197,12 @@ impl Home {
     }
 
     /// A root key that cannot be used is a fault of the home, not of the request.
-    fn read_root_key(&self) -> Result<RootKey> {
+    pub(crate) fn read_root_key(&self) -> Result<RootKey> {
         RootKey::from_file(self.root_key()).map_err(|error| {
             Failure::broke(
                 error.to_string(),
-                "root.key is 32 bytes that its owner alone may access; restore it from its backup, \
-                 or set its mode to 0600",
+                "root.key is 32 raw bytes of the user that runs keymill, mode 0600, or of root and \
+                 readable by a group; correct that, or restore it from its backup",
             )
         })
     }

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use keymill::ErrorKind;
+use keymill::{ErrorKind, TextForm};
 use zeroize::Zeroizing;
 
 use crate::{
@@ -89,15 +89,18 @@ fn is_key(len: usize) -> bool {
 
 /// What bytes that are no key look like, and what to do about it.
 fn looks(bytes: &[u8]) -> (&'static str, &'static str) {
-    let stripped = bytes.trim_ascii_end();
-    let text = stripped.len() > 20 && stripped.iter().all(u8::is_ascii_graphic);
-    if is_key(stripped.len() / 2) && stripped.iter().all(u8::is_ascii_hexdigit) {
-        (", which look like hex", "decode it: `xxd -r -p FILE | keymill key import --material -`")
-    } else if is_key(stripped.len()) {
-        (", of which the last is a line end", "write the file without it, as `printf` does")
-    } else if text {
-        (", which look like text", "decode it: `base64 -d FILE | keymill key import --material -`")
-    } else {
-        ("", hint(ErrorKind::InvalidKeyMaterial))
+    const BASE64: (&str, &str) =
+        (", which look like text", "decode it: `base64 -d FILE | keymill key import --material -`");
+    match TextForm::of(bytes) {
+        // Base64 of a key that happens to have no other digits is longer than that.
+        Some(TextForm::Hex) if is_key(bytes.trim_ascii_end().len() / 2) => (
+            ", which look like hex",
+            "decode it: `xxd -r -p FILE | keymill key import --material -`",
+        ),
+        Some(_) if is_key(bytes.trim_ascii_end().len()) => {
+            (", of which the last is a line end", "write the file without it, as `printf` does")
+        }
+        Some(TextForm::Hex | TextForm::Base64 | TextForm::Text) => BASE64,
+        _ => ("", hint(ErrorKind::InvalidKeyMaterial)),
     }
 }

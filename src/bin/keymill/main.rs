@@ -26,6 +26,7 @@ mod key;
 mod lines;
 #[cfg(feature = "server")]
 mod logs;
+mod mend;
 mod output;
 mod print;
 mod progress;
@@ -89,6 +90,8 @@ enum Command {
     Serve(Box<serve::Args>),
     /// Show CPU, tier, store and version
     Info(info::Args),
+    /// Take away a log that does not belong to the key store, after a restore
+    Mend(mend::Args),
     /// Measure this machine: keymill's kernels beside ring, aes-gcm and aws-lc-rs
     #[cfg(feature = "bench")]
     Bench(bench::Args),
@@ -152,6 +155,7 @@ fn run(Cli { home, command }: Cli) -> Result<()> {
         #[cfg(feature = "server")]
         Command::Serve(args) => serve::run(&home()?, &args),
         Command::Info(args) => info::run(&home()?, &args),
+        Command::Mend(args) => mend::run(&home()?, &args),
         #[cfg(feature = "bench")]
         Command::Bench(args) => bench::run(&args),
     }

@@ -187,7 +187,7 @@ fn refuses_every_write_and_goes_on(store: &SqliteStore, set_full: &dyn Fn(bool))
 
 #[test]
 fn a_full_disk_is_told_and_changes_nothing() {
-    in_own_file_system("size=192k", |place| {
+    in_own_file_system("size=192k,mode=700", |place| {
         let path = place.join("keys.db");
         let store = SqliteStore::create(&path, &root(), &rng()).unwrap();
         store.create(&direct()).unwrap();
@@ -212,7 +212,7 @@ fn a_full_disk_is_told_and_changes_nothing() {
 
 #[test]
 fn a_read_only_file_system_is_told() {
-    in_own_file_system("size=1m", |place| {
+    in_own_file_system("size=1m,mode=700", |place| {
         let path = place.join("keys.db");
         let store = SqliteStore::create(&path, &root(), &rng()).unwrap();
         store.create(&direct()).unwrap();

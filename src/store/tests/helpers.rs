@@ -52,6 +52,23 @@ impl Scratch {
         SqliteStore::open(&self.path, &root(), tier())
     }
 
+    /// Runs statements on a connection that knows nothing of us, while no other test forks: SQLite's own locks would
+    /// stay held in the child.
+    pub(super) fn plant(&self, statements: &str) -> rusqlite::Result<()> {
+        let _gate = crate::os::fork_gate();
+        self.raw().execute_batch(statements)
+    }
+
+    /// Asks for one row, in the same way.
+    pub(super) fn ask<T>(
+        &self,
+        query: &str,
+        read: impl FnOnce(&rusqlite::Row<'_>) -> rusqlite::Result<T>,
+    ) -> T {
+        let _gate = crate::os::fork_gate();
+        self.raw().query_row(query, [], read).unwrap()
+    }
+
     /// A connection that knows nothing of us and checks nothing.
     pub(super) fn raw(&self) -> rusqlite::Connection {
         let raw = rusqlite::Connection::open(&self.path).unwrap();

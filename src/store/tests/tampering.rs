@@ -9,7 +9,7 @@ use super::helpers::*;
 use crate::{
     error::ErrorKind,
     keys::{Alias, KeySpec, KeyState, Origin, RotationPeriod, alias::AliasChange},
-    store::{ClientChange, KeyChange, KeyStore, LeaseRequest, SqliteStore, schema::TABLES},
+    store::{ClientChange, KeyChange, KeyStore, LeaseRequest, SqliteStore, tables::TABLES},
 };
 
 /// A store with rows of every kind, two versions, and optional columns both set and empty.
