@@ -17,6 +17,9 @@
 //! core dumps, both as far as the system allows. A dropped box is overwritten, padding included.
 #![expect(unsafe_code, reason = "memory mapping, fork handlers and clocks are system calls")]
 
+#[cfg(feature = "cli")]
+pub mod descriptors;
+
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,

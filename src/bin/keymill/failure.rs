@@ -2,14 +2,11 @@
 //!
 //! The library says what went wrong; hints and exit codes are decided here.
 
-use std::{
-    fmt::Display,
-    io::{self, Write},
-    path::Path,
-    process::ExitCode,
-};
+use std::{fmt::Display, io, path::Path, process::ExitCode};
 
 use keymill::{Error, ErrorKind, Fault};
+
+use crate::standard;
 
 /// Alias of `std::result::Result` with a [`Failure`].
 pub(crate) type Result<T, E = Failure> = std::result::Result<T, E>;
@@ -61,12 +58,12 @@ impl Failure {
         Self::broke(format!("{what} {path:?}: {error}"), io_hint(error))
     }
 
-    /// A failed write to standard output.
-    pub(crate) fn stdout(error: &io::Error) -> Self {
+    /// A failed write to standard output, or to another stream of this name.
+    pub(crate) fn output(name: &str, error: &io::Error) -> Self {
         if error.kind() == io::ErrorKind::BrokenPipe {
             return Self::new(Status::ReaderGone, "", "");
         }
-        Self::broke(format!("cannot write to standard output: {error}"), io_hint(error))
+        Self::broke(format!("cannot write to {name}: {error}"), io_hint(error))
     }
 
     /// Prints the message and returns the exit code.
@@ -74,7 +71,7 @@ impl Failure {
         if self.status != Status::ReaderGone {
             say(&self.message);
             // Standard error may be closed; the exit code still says what happened.
-            let _ = writeln!(io::stderr(), "hint: {}", self.hint);
+            standard::tell(&format!("hint: {}\n", self.hint));
         }
         match self.status {
             Status::ReaderGone => ExitCode::SUCCESS,
@@ -92,7 +89,7 @@ impl From<Error> for Failure {
 
 /// Prints one line about this program to standard error. (`eprintln!` panics when standard error is closed.)
 pub(crate) fn say(message: impl Display) {
-    let _ = writeln!(io::stderr(), "keymill: {message}");
+    standard::tell(&format!("keymill: {message}\n"));
 }
 
 /// `text` in quotes, with control characters escaped, cut to a length that fits a message.
@@ -163,6 +160,12 @@ fn io_hint(error: &io::Error) -> &'static str {
         }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "free some disk space, or choose another place"
+        }
+        io::ErrorKind::InvalidFilename => {
+            "the path, or a name in it, is longer than the system allows: choose a shorter one"
+        }
+        io::ErrorKind::FileTooLarge => {
+            "a limit of the file system, or of this process (`ulimit -f`), was met"
         }
         io::ErrorKind::IsADirectory => "name a file, not a directory",
         io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
