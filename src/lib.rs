@@ -101,6 +101,9 @@ pub use keys::{
     Alias, KeyHandle, KeyId, KeyMetadata, KeySpec, KeyState, KeyVersionId, KeyVersionMetadata,
     Origin, RotationPeriod, TextForm,
 };
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub use os::standard;
 pub use pool::{KeyPool, KeyPoolConfig, KeyPoolMetrics};
 pub use request::{
     CreateKey, DecryptRequest, EncryptRequest, GenerateDataKeyRequest, ImportKey, Operation,

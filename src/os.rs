@@ -20,6 +20,8 @@
 #[cfg(feature = "server")]
 pub(crate) mod descriptors;
 pub(crate) mod files;
+#[cfg(feature = "cli")]
+pub mod standard;
 
 use std::{
     cell::{Cell, RefCell},

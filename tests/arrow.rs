@@ -14,10 +14,15 @@ use std::{
 };
 
 use arrow_array::{
-    Array, ArrayRef, BinaryArray, DictionaryArray, FixedSizeBinaryArray, LargeBinaryArray,
-    LargeStringArray, NullArray, RecordBatch, StringArray, StructArray, types::Int32Type,
+    Array, ArrayRef, BinaryArray, BinaryViewArray, DictionaryArray, FixedSizeBinaryArray,
+    LargeBinaryArray, LargeStringArray, NullArray, RecordBatch, StringArray, StringViewArray,
+    StructArray, types::Int32Type,
 };
-use arrow_ipc::{reader::StreamReader, writer::FileWriter, writer::StreamWriter};
+use arrow_ipc::{
+    MetadataVersion,
+    reader::StreamReader,
+    writer::{FileWriter, IpcWriteOptions, StreamWriter},
+};
 use arrow_schema::{DataType, Field, Fields};
 use base64_simd::STANDARD;
 use serde_json::Value;
@@ -381,6 +386,66 @@ fn streams_of_other_writers() {
     let message = opened[1]["Error"]["Message"].as_str().unwrap();
     assert!(message.contains("Row 2: CiphertextBlob is missing."), "{message}");
     assert!(opened[2].get("Plaintext").is_some());
+}
+
+#[test]
+fn streams_in_the_forms_of_other_programs() {
+    let scratch = Scratch::new();
+    let aad = "x".repeat(40);
+    let args = format!("generate --key alias/app --count 3 --aad {aad} --format arrow");
+    let stream = scratch.run(&args, b"").done();
+    let made = &batches(&stream)[0];
+    let column = |name: &str| of_array(made.column_by_name(name).unwrap());
+    let plaintexts = column("Plaintext");
+    let opens = |stream: &[u8]| {
+        let opened = scratch.run("decrypt --in - --format arrow", stream).done();
+        values(&batches(&opened), "Plaintext")
+    };
+    // Views, as polars writes them: short values lie in the view, long ones in buffers of their own.
+    let bytes = |name: &str| -> ArrayRef { Arc::new(BinaryViewArray::from_iter(column(name))) };
+    let text = |name: &str| -> ArrayRef {
+        let texts =
+            column(name).into_iter().map(|text| text.map(|t| String::from_utf8(t).unwrap()));
+        Arc::new(StringViewArray::from_iter(texts))
+    };
+    // A struct of nulls where a null struct is meant.
+    let nulls: ArrayRef = Arc::new(StringViewArray::from(vec![None::<&str>; 3]));
+    let members = vec![("Code", Arc::clone(&nulls)), ("Message", nulls)];
+    let error: ArrayRef = Arc::new(StructArray::try_from(members).unwrap());
+    let viewed = vec![
+        ("KeyId", text("KeyId")),
+        ("Iv", bytes("Iv")),
+        ("CiphertextBlob", bytes("CiphertextBlob")),
+        ("Aad", bytes("Aad")),
+        ("Algorithm", text("Algorithm")),
+        ("Error", error),
+    ];
+    let viewed = stream_of(viewed);
+    assert_eq!(opens(&viewed), plaintexts);
+    // A value that lies outside of its buffer: the last 4 bytes of the first view of a blob are its offset.
+    let blob = column("CiphertextBlob")[0].clone().unwrap();
+    let view = [&[60, 0, 0, 0][..], &blob[..4], &[0; 8]].concat();
+    let at =
+        viewed.windows(16).position(|bytes| bytes == view).expect("the view of the first blob");
+    let mut outside = viewed.clone();
+    outside[at + 14] = 0xff;
+    scratch.run("decrypt --in -", &outside).refused("outside of its buffers");
+    outside[at + 14] = 0;
+    outside[at + 8] = 9;
+    scratch.run("decrypt --in -", &outside).refused("outside of its buffers");
+
+    // Without marks before messages, as before Arrow 0.15.
+    let legacy = IpcWriteOptions::try_new(8, true, MetadataVersion::V4).unwrap();
+    let mut writer =
+        StreamWriter::try_new_with_options(Vec::new(), &made.schema(), legacy).unwrap();
+    writer.write(made).unwrap();
+    writer.write(made).unwrap();
+    let legacy = writer.into_inner().unwrap();
+    assert_ne!(legacy[..4], [0xff; 4]);
+    assert_eq!(opens(&legacy), [&plaintexts[..], &plaintexts].concat());
+    scratch.run("decrypt --in -", &legacy[..legacy.len() - 4]).refused("cut off");
+    scratch.run("generate --requests -", &legacy).refused("an Arrow stream");
+    scratch.run("generate --requests -", &stream).refused("an Arrow stream");
 }
 
 #[test]

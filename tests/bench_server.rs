@@ -207,6 +207,17 @@ fn a_server_with_tls_is_measured_too() {
     let args = format!("--ca {pem} --seconds 1 --filter random --connections 3 --json");
     let rows = rows(&scratch.load(&args));
     assert!(rows[0]["job"] == "random" && rows[0]["value"].as_f64().unwrap() > 0.0, "{rows:?}");
+
+    // Mutual TLS: a certificate that is its own CA.
+    let scratch = Scratch::new(&format!("--tls-cert {pem} --tls-key {key} --client-ca {pem}"));
+    let shown = format!("{args} --tls-cert {pem} --tls-key {key}");
+    assert!(self::rows(&scratch.load(&shown))[0]["value"].as_f64().unwrap() > 0.0);
+    const KEY: &str = "--client-key load.json --password-file load.password --key alias/app";
+    scratch.refused(&format!("--server ADDR {KEY} --ca {pem}"), 2, "ertificate", "--tls-cert");
+    let half = format!("--server ADDR {KEY} --ca {pem} --tls-cert {pem}");
+    scratch.refused(&half, 1, "--tls-key", "--help");
+    let wrong = format!("{half} --tls-key {pem}");
+    scratch.refused(&wrong, 1, "--tls-key", "PEM");
 }
 
 #[test]

@@ -187,6 +187,62 @@ fn the_life_of_a_client() {
     assert_eq!(scratch.run("client list --json").done(), "[]\n");
 }
 
+#[test]
+fn patterns_do_not_swallow_what_stands_behind_them() {
+    let scratch = Scratch::new();
+    scratch.run(CREATE).done();
+    let (id, _) = scratch.key_file("c.json");
+    for (args, patterns) in [
+        (format!("client set --keys alias/app {id} --json"), json!(["alias/app"])),
+        (format!("client set --keys alias/a alias/b {id} --json"), json!(["alias/a", "alias/b"])),
+        (format!("client set --json --keys alias/a,key-* {id}"), json!(["alias/a", "key-*"])),
+        (
+            format!("client set {id} --keys alias/c --keys alias/d --json"),
+            json!(["alias/c", "alias/d"]),
+        ),
+        (format!("client set --keys alias/e --json {id}"), json!(["alias/e"])),
+    ] {
+        assert_eq!(scratch.json(&args)["KeyPatterns"], patterns, "{args}");
+    }
+    scratch.run("client set --keys alias/app").ended(1, "no client is named");
+    scratch.run(&format!("client set --keys {id}")).ended(1, "no client is named");
+    scratch.run("client set --name x").ended(1, "CLIENT");
+    scratch.run(&format!("client set {id} --keys alias/a,,alias/b")).ended(1, "is empty");
+    scratch.run(&format!("client set {id}")).ended(1, "--keys");
+}
+
+#[test]
+fn client_files_are_told_apart_by_what_they_are() {
+    let scratch = Scratch::new();
+    fs::write(scratch.path("password"), "one-of-my-own-1\n").unwrap();
+    fs::hard_link(scratch.path("password"), scratch.path("hard")).unwrap();
+    std::os::unix::fs::symlink("new", scratch.path("to-new")).unwrap();
+    std::os::unix::fs::symlink("home/root.key", scratch.path("to-root")).unwrap();
+    let create = |out: &str, password: &str| {
+        format!(
+            "client create --name a --keys * --allow all --out {out} --password-file {password}"
+        )
+    };
+    scratch.run(&create("hard", "password")).ended(1, "are both");
+    scratch.run(&create("new", "to-new")).ended(1, "are both");
+    scratch.run(&create("NEW", "new")).ended(1, "are both");
+    scratch.run(&create("c.json", "to-root")).ended(1, "is part of the key store");
+    scratch.run(&create("c.json", "none/password")).ended(2, "none/password");
+    scratch.run(&create("none/c.json", "password")).ended(2, "none/c.json");
+    scratch.run(&create("c.json", "to-new")).ended(1, "exists already");
+    let mut command = scratch.command(&create("c.json", "password"));
+    command.stdout(fs::File::options().append(true).open(scratch.path("hard")).unwrap());
+    Ran::of(command.spawn().unwrap()).ended(1, "are the same file");
+    assert_eq!(fs::read(scratch.path("password")).unwrap(), b"one-of-my-own-1\n");
+    assert_eq!(scratch.files(), ["hard", "password", "to-new", "to-root"]);
+    // A password that comes from another program.
+    let mut command = scratch.command(&create("c.json", "/dev/stdin"));
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"one-of-my-own-1\n").unwrap();
+    Ran::of(child).done();
+    scratch.key_file("c.json");
+}
+
 /// The tags, lengths and contents of the DER elements in `der`.
 fn elements(mut der: &[u8]) -> Vec<(u8, &[u8])> {
     let mut found = Vec::new();

@@ -5,8 +5,9 @@ use std::{borrow::Cow, path::PathBuf};
 use keymill::{DecryptRequest, Engine, ErrorKind};
 
 use crate::{
-    failure::{Failure, Result, hint},
-    home::{Home, place_of},
+    failure::{Result, hint},
+    home::Home,
+    identity::Named,
     interrupt,
     lines::Lines,
     output::Output,
@@ -27,7 +28,7 @@ pub(crate) struct Args {
     format: Format,
 
     /// Write to this file, mode 0600, which appears when it is complete and replaces one that is
-    /// there; `-` is standard output
+    /// there; `-` is standard output (`keymill generate --help` says what is no plain file)
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -44,49 +45,40 @@ Its result is one line in the same place:
   {"KeyId":"key-...","KeyVersionId":"key-...","Plaintext":"...","Algorithm":"AES_GCM",
    "RequestId":"..."}
 
+A member that is null is absent, and an Error of nulls is none. No other members are allowed.
+
 A line that does not open gets an Error line in its place, Error lines are passed on, and the exit
 code is 1 if there is any.
 
 An Arrow IPC stream has rows for lines and columns for members; Iv, CiphertextBlob and Aad are
-Binary, LargeBinary or FixedSizeBinary, the others Utf8 or LargeUtf8."#;
+Binary, LargeBinary, BinaryView or FixedSizeBinary, the others Utf8, LargeUtf8 or Utf8View; buffers
+are not compressed."#;
 
 pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     interrupt::install()?;
-    home.spare(args.out.as_deref())?;
-    let replaces = |out| args.input.is_file() && place_of(out) == place_of(&args.input);
-    if args.out.as_deref().is_some_and(replaces) {
-        return Err(Failure::refused(
-            format!("--out {:?} is the file of --in, whose wrapped keys would be lost", args.input),
-            "name another file",
-        ));
-    }
-    let engine = home.open()?;
-    let (lines, total) = Lines::open(&args.input)?;
+    let (input, output) =
+        (Named::input("--in", &args.input), Named::output("--out", args.out.as_deref()));
+    home.spare(&output)?;
+    output.spares(&input, "whose wrapped keys would be lost")?;
+    let (lines, total) = Lines::open("--in", &args.input)?;
     let output = Output::open(args.out.as_deref())?;
+    let engine = home.open()?;
     let stream = Stream::new(args.format, Fields::Opened, output, total)?;
     decrypt(&engine, lines, stream)
 }
 
 #[cfg(not(feature = "arrow"))]
-fn decrypt(engine: &Engine, lines: Lines, stream: Stream) -> Result<()> {
+fn decrypt(engine: &Engine, mut lines: Lines, stream: Stream) -> Result<()> {
+    lines.must_be_lines()?;
     decrypt_lines(engine, lines, stream)
 }
 
 /// Decrypts either format: no JSON begins as an Arrow stream does.
 #[cfg(feature = "arrow")]
 fn decrypt(engine: &Engine, mut lines: Lines, mut stream: Stream) -> Result<()> {
-    use crate::{
-        arrow::{self, read::ArrowReader},
-        lines::WINDOW_LINES_MAX,
-    };
+    use crate::{arrow::read::ArrowReader, forms::Form, lines::WINDOW_LINES_MAX};
 
-    if lines.begins_with(&arrow::FILE_MAGIC)? {
-        return Err(Failure::refused(
-            format!("{} is an Arrow IPC file, and not a stream", lines.name()),
-            "write it again in the streaming format",
-        ));
-    }
-    if !lines.begins_with(&arrow::CONTINUATION)? {
+    if lines.form()? != Form::Arrow {
         return decrypt_lines(engine, lines, stream);
     }
     let mut reader = ArrowReader::new(lines)?;

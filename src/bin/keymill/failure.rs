@@ -2,16 +2,11 @@
 //!
 //! The library says what went wrong; hints and exit codes are decided here.
 
-use std::{
-    fmt::Display,
-    io::{self, Write},
-    path::Path,
-    process::ExitCode,
-};
+use std::{fmt::Display, io, path::Path, process::ExitCode};
 
 use keymill::{Error, ErrorKind, Fault};
 
-use crate::print::printable;
+use crate::{print::printable, standard};
 
 /// Alias of `std::result::Result` with a [`Failure`].
 pub(crate) type Result<T, E = Failure> = std::result::Result<T, E>;
@@ -63,12 +58,12 @@ impl Failure {
         Self::broke(format!("{what} {path:?}: {error}"), io_hint(error))
     }
 
-    /// A failed write to standard output.
-    pub(crate) fn stdout(error: &io::Error) -> Self {
+    /// A failed write to standard output, or to another stream of this name.
+    pub(crate) fn output(name: &str, error: &io::Error) -> Self {
         if error.kind() == io::ErrorKind::BrokenPipe {
             return Self::new(Status::ReaderGone, "", "");
         }
-        Self::broke(format!("cannot write to standard output: {error}"), io_hint(error))
+        Self::broke(format!("cannot write to {name}: {error}"), io_hint(error))
     }
 
     /// Prints the message and returns the exit code.
@@ -105,7 +100,7 @@ fn to_stderr(lines: &str) {
         return;
     }
     // Standard error may be closed; the exit code still says what happened.
-    let _ = io::stderr().write_all(lines.as_bytes());
+    standard::tell(lines);
 }
 
 /// `text` in quotes, with control characters escaped, cut to a length that fits a message.
@@ -178,7 +173,12 @@ fn io_hint(error: &io::Error) -> &'static str {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "free some disk space, or choose another place"
         }
-        io::ErrorKind::InvalidFilename => "a name or the whole path is too long; choose a shorter",
+        io::ErrorKind::InvalidFilename => {
+            "the path, or a name in it, is longer than the system allows: choose a shorter one"
+        }
+        io::ErrorKind::FileTooLarge => {
+            "a limit of the file system, or of this process (`ulimit -f`), was met"
+        }
         io::ErrorKind::IsADirectory => "name a file, not a directory",
         io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
             "a file lies where a directory should be; choose another place"

@@ -1,9 +1,6 @@
 //! `keymill generate`: data keys, many for one key or one for each line of a request file.
 
-use std::{
-    ops::Range,
-    path::{Path, PathBuf},
-};
+use std::{ops::Range, path::PathBuf};
 
 use base64_simd::STANDARD;
 use clap::ArgGroup;
@@ -12,6 +9,7 @@ use keymill::{DataKeyBatch, Engine, GenerateDataKeyRequest, Operation, SameAad};
 use crate::{
     failure::Result,
     home::Home,
+    identity::Named,
     interrupt,
     lines::{Lines, WINDOW_LINES_MAX},
     output::Output,
@@ -66,7 +64,7 @@ pub(crate) struct Args {
     format: Format,
 
     /// Write to this file, mode 0600, which appears when it is complete and replaces one that is
-    /// there; `-` is standard output
+    /// there; `-` is standard output (see below for what is no plain file)
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -78,7 +76,7 @@ const EXAMPLES: &str = r#"Examples:
   make-requests | keymill generate --requests - | use-keys
   keymill generate --key alias/app --count 1000000 --format arrow --out keys.arrow
 
-A request is one line, its Aad in base64 and optional:
+A request is one line, its Aad in base64 and optional (null is none):
   {"KeyId":"alias/app","NumberOfBytes":32,"Aad":"dm9sdW1lLTc="}
 
 Its result is one line in the same place, its byte fields in base64:
@@ -89,7 +87,13 @@ A refused line gets {"Error":{"Code":"...","Message":"..."},"RequestId":"..."} i
 others are made all the same, and the exit code is 1.
 
 --format arrow writes an Arrow IPC stream instead: columns of the same names, bytes as they are, and
-a struct Error that is null unless the request was refused."#;
+a struct Error that is null unless the request was refused.
+
+A file that --out replaces is a new one: mode, owner, ACLs and other hard links of the old one are
+not kept. A symbolic link stays and its target is replaced, but no link that somebody else has put
+into a directory like /tmp. Pipes, devices and open descriptors (/dev/stdout, /dev/fd/3) are written
+as rows come, after what is there; so is a file that is a mount point, which an unfinished run
+leaves empty. A FIFO is waited for. No input, and no file of the key store, is ever written over."#;
 
 fn count(text: &str) -> std::result::Result<u64, String> {
     text.parse().map_err(|_| format!("it is an integer from 0 to {}, in digits alone", u64::MAX))
@@ -102,14 +106,29 @@ fn number_of_bytes(text: &str) -> std::result::Result<u32, String> {
 
 pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     interrupt::install()?;
-    home.spare(args.out.as_deref())?;
+    let output = Named::output("--out", args.out.as_deref());
+    home.spare(&output)?;
+    let lines = match &args.requests {
+        None => None,
+        Some(requests) => {
+            let input = Named::input("--requests", requests);
+            output.spares(&input, "whose requests would be lost")?;
+            Some(Lines::open("--requests", requests)?)
+        }
+    };
+    // Before anything is made: that there is no place for the rows should not be told after the work.
+    let out = Output::open(args.out.as_deref())?;
     let engine = match &args.key {
         Some(key) if args.create => home.open_or_create(key)?,
         _ => home.open()?,
     };
-    let done = match (&args.requests, &args.key) {
-        (Some(requests), _) => answer_lines(&engine, args, requests),
-        (None, Some(key)) => repeat(&engine, args, key),
+    let done = match (lines, &args.key) {
+        (Some((lines, total)), _) => {
+            args.stream(out, total).and_then(|stream| answer_lines(&engine, args, lines, stream))
+        }
+        (None, Some(key)) => args
+            .stream(out, Total::Keys(args.count))
+            .and_then(|stream| repeat(&engine, args, key, stream)),
         // Clap asks for one of them.
         (None, None) => Ok(()),
     };
@@ -130,17 +149,16 @@ impl Args {
         }
     }
 
-    fn open_stream(&self, total: Total) -> Result<Stream> {
+    fn stream(&self, out: Output, total: Total) -> Result<Stream> {
         let fields = Fields::Generated { plaintext: !self.without_plaintext };
-        Stream::new(self.format, fields, Output::open(self.out.as_deref())?, total)
+        Stream::new(self.format, fields, out, total)
     }
 }
 
 /// Makes `args.count` data keys for one key.
-fn repeat(engine: &Engine, args: &Args, key: &str) -> Result<()> {
+fn repeat(engine: &Engine, args: &Args, key: &str, stream: Stream) -> Result<()> {
     let (operation, count, aad) = (args.operation(), args.count, args.aad.as_bytes());
     let aad_text = STANDARD.encode_to_string(aad);
-    let stream = args.open_stream(Total::Keys(count))?;
     let mut answers = Repeated { stream, aad, aad_text, made: 0 };
     let windows = engine.key(key).and_then(|handle| {
         engine.stream_data_keys(&handle, operation, args.bytes, count, SameAad(aad.to_vec()))
@@ -222,9 +240,8 @@ impl Window for Same<'_> {
 }
 
 /// Makes a data key for each line of a request file.
-fn answer_lines(engine: &Engine, args: &Args, requests: &Path) -> Result<()> {
-    let (mut lines, total) = Lines::open(requests)?;
-    let mut stream = args.open_stream(total)?;
+fn answer_lines(engine: &Engine, args: &Args, mut lines: Lines, mut stream: Stream) -> Result<()> {
+    lines.must_be_lines()?;
     let mut arena = Vec::new();
     let mut batch = DataKeyBatch::new();
     while let Some(window) = lines.next_window()? {

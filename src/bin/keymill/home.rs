@@ -16,7 +16,8 @@ use keymill::{
 
 use crate::{
     failure::{Failure, Result, say},
-    print,
+    identity::{Named, Place},
+    print, standard,
 };
 
 /// A home that may or may not exist.
@@ -58,24 +59,53 @@ impl Home {
         self.dir.join("root.key")
     }
 
-    /// Refuses an `--out` that would replace a file of this home: with it every key would be lost.
-    pub(crate) fn spare(&self, out: Option<&Path>) -> Result<()> {
-        out.map_or(Ok(()), |out| self.spare_as("--out", out))
+    /// Refuses to write where a file of this home is: with it every key would be lost.
+    pub(crate) fn spare(&self, output: &Named) -> Result<()> {
+        self.excludes(output, "which would be destroyed")
     }
 
     /// The same of the file that `option` names.
+    #[cfg(feature = "server")]
     pub(crate) fn spare_as(&self, option: &str, path: &Path) -> Result<()> {
-        let place = place_of(path);
-        // The last two are the files that SQLite keeps beside its own.
-        for name in ["keys.db", "root.key", "keys.db-wal", "keys.db-shm"] {
-            if place == place_of(&self.dir.join(name)) {
-                return Err(Failure::refused(
-                    format!("{option} {path:?} is part of the key store, which would be destroyed"),
-                    "name another file",
-                ));
-            }
+        self.spare(&Named::file(option, path))
+    }
+
+    /// The same of standard output and standard error, which a shell may have led anywhere.
+    pub(crate) fn spare_from_streams(&self) -> Result<()> {
+        let files = self.files();
+        if files.iter().any(|file| file.is(Named::standard_error().place())) {
+            // The message itself would do it.
+            standard::mute();
+            return self.spare(&Named::standard_error());
+        }
+        self.spare(&Named::standard_output())
+    }
+
+    /// Refuses a file of this home where another is wanted; `why` is the end of a sentence.
+    pub(crate) fn excludes(&self, file: &Named, why: &str) -> Result<()> {
+        if self.files().iter().any(|own| own.is(file.place())) {
+            return Err(Failure::refused(
+                format!("{} is part of the key store, {why}", file.called()),
+                "name another file",
+            ));
         }
         Ok(())
+    }
+
+    /// The files of this home, and those that SQLite keeps beside its own, whether or not they are there.
+    fn files(&self) -> Vec<Place> {
+        let store = self.store();
+        // SQLite keeps them beside the file itself, and not beside a link to it.
+        let behind_link = fs::canonicalize(&store).unwrap_or_else(|_| store.clone());
+        let mut files = vec![Place::of(&self.root_key())];
+        for database in [store, behind_link] {
+            for more in ["", "-wal", "-shm", "-journal"] {
+                let mut path = database.clone().into_os_string();
+                path.push(more);
+                files.push(Place::of(Path::new(&path)));
+            }
+        }
+        files
     }
 
     /// Opens the engine on a home that exists.
@@ -213,16 +243,6 @@ impl Home {
             "restore root.key from its backup; without it the keys of this store are lost",
         )
     }
-}
-
-/// Where `path` leads, also if nothing is there yet.
-pub(crate) fn place_of(path: &Path) -> PathBuf {
-    let beside = || {
-        let directory = path.parent().filter(|parent| *parent != Path::new(""));
-        let directory = fs::canonicalize(directory.unwrap_or(Path::new("."))).ok()?;
-        Some(directory.join(path.file_name()?))
-    };
-    fs::canonicalize(path).ok().or_else(beside).unwrap_or_else(|| path.to_owned())
 }
 
 fn exists(path: &Path) -> Result<bool> {

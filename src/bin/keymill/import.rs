@@ -1,17 +1,15 @@
 //! Reads the material of `keymill key import`, with an eye for the usual mistake: text instead of raw bytes.
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    path::Path,
-};
+use std::path::Path;
 
 use keymill::{ErrorKind, TextForm};
 use zeroize::Zeroizing;
 
 use crate::{
     failure::{Failure, Result, hint},
-    output::DASH,
+    home::Home,
+    identity::Named,
+    input::Input,
     warnings::warn,
 };
 
@@ -25,15 +23,18 @@ pub(crate) struct Material {
 }
 
 impl Material {
+    /// Refuses files that hold something else than material, or that this command is about to write to.
+    pub(crate) fn check_place(home: &Home, path: &Path) -> Result<()> {
+        let material = Named::input("--material", path);
+        home.excludes(&material, "which holds no material")?;
+        Named::standard_output().spares(&material, "which would be damaged")
+    }
+
     /// Reads a file, or standard input for `-`.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let mut material = Self { buffer: Zeroizing::new([0; READ_MAX]), len: 0 };
-        let done = if path == Path::new(DASH) {
-            material.fill(&mut io::stdin().lock())
-        } else {
-            File::open(path).and_then(|mut file| material.fill(&mut file))
-        };
-        done.map_err(|error| Failure::file("cannot read", path, &error))?;
+        let mut input = Input::open("--material", path)?;
+        material.len = input.fill(&mut *material.buffer)?;
         material.check(path)?;
         Ok(material)
     }
@@ -41,18 +42,6 @@ impl Material {
     /// The material itself.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.buffer[..self.len]
-    }
-
-    fn fill(&mut self, source: &mut impl Read) -> io::Result<()> {
-        while self.len < READ_MAX {
-            match source.read(&mut self.buffer[self.len..]) {
-                Ok(0) => break,
-                Ok(read) => self.len += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 
     /// Refuses lengths that are no key's, and says what the bytes look like.

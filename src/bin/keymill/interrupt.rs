@@ -5,11 +5,12 @@
 //! thread removes the unfinished file and ends the process itself.
 
 use std::{
-    fs, io, mem,
-    path::{Path, PathBuf},
+    fs::{self, File},
+    io,
+    path::PathBuf,
     process,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -19,6 +20,7 @@ use std::{
 use keymill::ErrorKind;
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
+    flag,
     iterator::Signals,
 };
 
@@ -28,8 +30,18 @@ use crate::failure::{Failure, Result, hint};
 const GRACE: Duration = Duration::from_millis(500);
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-/// The unfinished file. Held while the file is being renamed, so that the handler removes it before or never.
-static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
+/// The unfinished files. Held while they are being renamed, so that the handler removes them before or never.
+static UNFINISHED: Mutex<Vec<Unfinished>> = Mutex::new(Vec::new());
+
+/// A file that must not be taken for a complete one.
+pub(crate) enum Unfinished {
+    /// Under a passing name beside its place.
+    Beside(PathBuf),
+    /// In its place, and still as it was before this run.
+    InPlace(File),
+    /// In its place, with rows of this run.
+    Begun(File),
+}
 
 /// Catches the signals from here on, save those that this process was told to ignore: SIGHUP by `nohup`, SIGINT by a
 /// shell that started it in the background.
@@ -42,6 +54,8 @@ pub(crate) fn install() -> Result<()> {
     let fail = |error: io::Error| {
         Failure::broke(format!("cannot catch signals: {error}"), hint(ErrorKind::Machine))
     };
+    // Where a limit of a file's size is met, the write shall fail, and not end the process with the file left behind.
+    flag::register(libc::SIGXFSZ, Arc::new(AtomicBool::new(false))).map_err(fail)?;
     let mut signals = Signals::new(caught).map_err(fail)?;
     let wait = move || {
         if signals.forever().next().is_some() {
@@ -64,8 +78,12 @@ fn interrupted() -> ! {
     INTERRUPTED.store(true, Ordering::Relaxed);
     thread::sleep(GRACE);
     let mut unfinished = unfinished();
-    if let Some(path) = unfinished.take() {
-        let _ = fs::remove_file(path);
+    for file in unfinished.drain(..) {
+        let _ = match file {
+            Unfinished::Beside(path) => fs::remove_file(path),
+            Unfinished::Begun(file) => file.set_len(0),
+            Unfinished::InPlace(_) => Ok(()),
+        };
     }
     let _ = failure().report();
     // Still holding the lock: nothing is renamed between the removal and the end.
@@ -80,21 +98,32 @@ pub(crate) fn check() -> Result<()> {
     Ok(())
 }
 
-/// The unfinished file of this run, to be removed when it is interrupted.
-pub(crate) fn watch(path: &Path) {
-    *unfinished() = Some(path.to_owned());
+/// A file of this run, to be taken away when it is interrupted.
+pub(crate) fn watch(file: Unfinished) {
+    unfinished().push(file);
 }
 
-/// Runs `rename`, which completes the unfinished file, unless a signal has come.
+/// From here on, what is watched in its place has rows of this run.
+pub(crate) fn begun() {
+    for file in unfinished().iter_mut() {
+        if let Unfinished::InPlace(open) = file
+            && let Ok(open) = open.try_clone()
+        {
+            *file = Unfinished::Begun(open);
+        }
+    }
+}
+
+/// Runs `rename`, which completes the unfinished files, unless a signal has come.
 pub(crate) fn complete<T>(rename: impl FnOnce() -> Result<T>) -> Result<T> {
     let mut unfinished = unfinished();
     check()?;
     let done = rename()?;
-    mem::take(&mut *unfinished);
+    unfinished.clear();
     Ok(done)
 }
 
-fn unfinished() -> MutexGuard<'static, Option<PathBuf>> {
+fn unfinished() -> MutexGuard<'static, Vec<Unfinished>> {
     UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

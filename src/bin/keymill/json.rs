@@ -229,12 +229,9 @@ pub(crate) fn passed_on(line: &[u8]) -> PassedOn<'static> {
     let owned = |value: &Value| value.as_str().map(|text| text.to_owned().into());
     let error = &value["Error"];
     let message = match &error["Message"] {
-        Value::String(message) => message.clone(),
-        _ => error.to_string(),
+        Value::String(message) => Some(message.clone().into()),
+        Value::Null if !error["Code"].is_null() => None,
+        _ => Some(error.to_string().into()),
     };
-    PassedOn {
-        code: owned(&error["Code"]),
-        message: Some(message.into()),
-        request_id: owned(&value["RequestId"]),
-    }
+    PassedOn { code: owned(&error["Code"]), message, request_id: owned(&value["RequestId"]) }
 }

@@ -207,6 +207,7 @@ fn create(home: &Home, args: Create) -> Result<()> {
 
 fn import(home: &Home, args: Import) -> Result<()> {
     let scheme = args.scheme.as_deref().map(Scheme::parse).transpose()?;
+    import::Material::check_place(home, &args.material)?;
     // Opened before the material is read: a secret is not asked for in vain.
     let engine = home.open()?;
     let material = import::Material::read(&args.material)?;

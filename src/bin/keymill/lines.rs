@@ -5,8 +5,7 @@
 //! [`LINE_LEN_MAX`] is reported as such and skipped without being held.
 
 use std::{
-    fs::File,
-    io::{self, BufRead, Read},
+    io::{BufRead, Read},
     ops::Range,
     path::Path,
 };
@@ -15,8 +14,9 @@ use zeroize::Zeroizing;
 
 use crate::{
     failure::{Failure, Result},
+    forms::{self, BYTE_ORDER_MARK, Form},
+    input::Input,
     interrupt,
-    output::DASH,
     progress::Total,
 };
 
@@ -81,16 +81,11 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    /// Opens a file, or standard input for `-`. Also returns what is known of its size.
-    pub(crate) fn open(path: &Path) -> Result<(Self, Total)> {
-        if path == Path::new(DASH) {
-            return Ok((Self::new(Box::new(io::stdin().lock()), "standard input"), Total::Unknown));
-        }
-        let name = format!("{path:?}");
-        let opened = File::open(path).and_then(|file| Ok((file.metadata()?, file)));
-        let (about, file) = opened.map_err(|error| Failure::file("cannot read", path, &error))?;
-        let total = if about.is_file() { Total::Bytes(about.len()) } else { Total::Unknown };
-        Ok((Self::new(Box::new(file), &name), total))
+    /// Opens what `option` names, or standard input for `-`. Also returns what is known of its size. Reads nothing.
+    pub(crate) fn open(option: &str, path: &Path) -> Result<(Self, Total)> {
+        let input = Input::open(option, path)?;
+        let (name, total) = (input.name().to_owned(), input.total);
+        Ok((Self::new(Box::new(input), &name), total))
     }
 
     fn new(source: Box<dyn Read>, name: &str) -> Self {
@@ -115,10 +110,15 @@ impl Lines {
         self.buffer.copy_within(self.start..self.end, 0);
         self.end -= self.start;
         self.start = 0;
-        let mut bytes_read = std::mem::take(&mut self.peeked);
+        let peeked = std::mem::take(&mut self.peeked);
+        let mut bytes_read = peeked;
         loop {
             self.cut_lines();
             if self.ranges.len() == WINDOW_LINES_MAX || self.end == BUFFER_LEN || self.ended {
+                break;
+            }
+            // Whole lines that were looked at before have waited already.
+            if peeked > 0 && !self.ranges.is_empty() && self.start == self.end {
                 break;
             }
             let room = BUFFER_LEN - self.end;
@@ -184,13 +184,33 @@ impl Lines {
         Ok(read)
     }
 
-    /// Whether the source begins with `mark`. Reads no more than it takes to see that, and nothing is lost.
-    #[cfg(feature = "arrow")]
-    pub(crate) fn begins_with(&mut self, mark: &[u8]) -> Result<bool> {
-        while mark.len() > self.end && mark.starts_with(&self.buffer[..self.end]) && !self.ended {
-            self.peeked += self.read()? as u64;
+    /// What the source is by its first bytes; refuses what is known to be something else. Reads no more than it takes
+    /// to see that, and nothing is lost but a mark of UTF-8.
+    pub(crate) fn form(&mut self) -> Result<Form> {
+        let form = loop {
+            match forms::form(&self.buffer[..self.end], self.ended) {
+                Some(form) => break form,
+                None => self.peeked += self.read()? as u64,
+            }
+        };
+        if let Form::Foreign(what, next) = form {
+            return Err(Failure::refused(format!("{} is {what}", self.name), next));
         }
-        Ok(self.buffer[..self.end].starts_with(mark))
+        if self.buffer[..self.end].starts_with(&BYTE_ORDER_MARK) {
+            self.start = BYTE_ORDER_MARK.len();
+        }
+        Ok(form)
+    }
+
+    /// As `form`, for a source that can be lines alone.
+    pub(crate) fn must_be_lines(&mut self) -> Result<()> {
+        match self.form()? {
+            Form::Arrow => Err(Failure::refused(
+                format!("{} is an Arrow stream, and requests are JSON Lines", self.name),
+                "write it again with one object a line; --help has an example",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Fills `out` with what comes next, lines or not, and returns how many bytes there were: fewer at the end alone.
@@ -216,23 +236,19 @@ impl Lines {
 
 /// Reads once. No bytes are the end.
 fn read(source: &mut dyn Read, name: &str, out: &mut [u8]) -> Result<usize> {
-    loop {
-        interrupt::check()?;
-        match source.read(out) {
-            Ok(read) => return Ok(read),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => {
-                return Err(Failure::broke(
-                    format!("cannot read {name}: {error}"),
-                    "name a file that can be read, or `-` for standard input",
-                ));
-            }
-        }
-    }
+    interrupt::check()?;
+    source.read(out).map_err(|error| {
+        Failure::broke(
+            format!("cannot read {name}: {error}"),
+            "name a file that can be read, or `-` for standard input",
+        )
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     /// Gives at most `step` bytes at a time.
@@ -306,8 +322,13 @@ mod tests {
 
     #[test]
     fn what_is_complete_does_not_wait() {
-        let source = Stepwise { bytes: b"one\ntw".to_vec(), at: 0, step: 6 };
-        let mut lines = Lines::new(Box::new(source), "test");
+        let source = |step| Stepwise { bytes: b"one\ntwo".to_vec(), at: 0, step };
+        let mut lines = Lines::new(Box::new(source(6)), "test");
+        assert_eq!(lines.next_window().unwrap().unwrap().iter().len(), 1);
+        // Nor when it was looked at before.
+        let mut lines = Lines::new(Box::new(source(4)), "test");
+        assert_eq!(lines.form().unwrap(), Form::Lines);
+        assert_eq!(lines.next_window().unwrap().unwrap().iter().len(), 1);
         assert_eq!(lines.next_window().unwrap().unwrap().iter().len(), 1);
     }
 }

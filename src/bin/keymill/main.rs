@@ -2,9 +2,10 @@
 //!
 //! This file reads the arguments, calls the command, and turns its end into messages and an exit code: 0 done,
 //! 1 refused (usage errors and any refused line included), 2 broke. `failure` holds the messages, `home` finds and
-//! opens the key store, `lines` and `records` read JSON Lines in bounded memory, `rows`, `json` and `output` write
-//! them, `arrow` reads and writes Arrow IPC streams, and `stream` ties them together. Only the library's public API is
-//! used.
+//! opens the key store, `lines` and `records` read JSON Lines in bounded memory, `rows` and `json` write them, `arrow`
+//! reads and writes Arrow IPC streams, and `stream` ties them together. Files are `input`, `output` and `passing`, each
+//! a decision about every kind of file; `links` and `identity` tell what a path leads to, `standard` has the streams of
+//! the process, and `forms` knows inputs that are something else. Only the library's public API is used.
 
 mod alias;
 #[cfg(feature = "arrow")]
@@ -15,30 +16,41 @@ mod bench;
 mod client;
 mod decrypt;
 mod failure;
+mod forms;
 mod generate;
 mod home;
+mod identity;
 mod import;
 mod info;
 mod init;
+mod input;
 mod interrupt;
 mod json;
 mod key;
 mod lines;
+mod links;
 #[cfg(feature = "server")]
 mod logs;
 mod mend;
 mod output;
+mod passing;
 mod print;
 mod progress;
 mod records;
 mod rows;
 #[cfg(feature = "server")]
 mod serve;
+mod standard;
 mod stream;
 mod variables;
 mod warnings;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    env,
+    io::{self, IsTerminal},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use clap::{FromArgMatches, Parser, Subcommand, error::ErrorKind};
 
@@ -143,7 +155,12 @@ fn main() -> ExitCode {
 
 fn run(Cli { home, command }: Cli) -> Result<()> {
     // Resolved before the command: one that cannot find its home should say so before it reads anything.
-    let home = || Home::resolve(home);
+    let asked = home.clone();
+    let home = || {
+        let home = Home::resolve(home)?;
+        home.spare_from_streams()?;
+        Ok::<_, Failure>(home)
+    };
     match command {
         Command::Init(args) => init::run(&home()?, &args),
         Command::Key(command) => key::run(&home()?, command),
@@ -157,7 +174,13 @@ fn run(Cli { home, command }: Cli) -> Result<()> {
         Command::Info(args) => info::run(&home()?, &args),
         Command::Mend(args) => mend::run(&home()?, &args),
         #[cfg(feature = "bench")]
-        Command::Bench(args) => bench::run(&args),
+        Command::Bench(args) => {
+            // It needs no home, but is not to write over one.
+            if let Ok(home) = Home::resolve(asked) {
+                home.spare_from_streams()?;
+            }
+            bench::run(&args)
+        }
     }
 }
 
@@ -165,9 +188,12 @@ fn run(Cli { home, command }: Cli) -> Result<()> {
 fn usage(variables::Refused { error, variable }: &variables::Refused) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-            // A reader that has gone away (`keymill --help | head -1`) is no failure.
-            let _ = error.print();
-            ExitCode::SUCCESS
+            let text = error.render();
+            let text = if shows_colours() { text.ansi().to_string() } else { text.to_string() };
+            match print::text(&text) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(failure) => failure.report(),
+            }
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
@@ -188,6 +214,12 @@ fn usage(variables::Refused { error, variable }: &variables::Refused) -> ExitCod
             .report()
         }
     }
+}
+
+/// Whether help has colours: for people who have not said that they want none.
+fn shows_colours() -> bool {
+    let wanted = env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    wanted && io::stdout().is_terminal() && env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
 /// The line with which clap ends a usage error; ours says the same as a hint.

@@ -1,23 +1,19 @@
 //! Prints keys and aliases: tables for people, JSON with the KMS's member names for programs.
 
-use std::{
-    io::{self, Write},
-    time::SystemTime,
-};
+use std::time::SystemTime;
 
 use comfy_table::{Table, presets};
 use keymill::{KeyMetadata, KeyVersionMetadata, Scheme};
 use serde::Serialize;
 
-use crate::failure::{Failure, Result};
+use crate::{
+    failure::{Failure, Result},
+    output::Output,
+};
 
 /// Writes text to standard output.
 pub(crate) fn text(text: &str) -> Result<()> {
-    let mut stdout = io::stdout().lock();
-    stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-        .map_err(|error| Failure::stdout(&error))
+    Output::stdout()?.write(text.as_bytes())
 }
 
 /// Writes one JSON document to standard output.

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use crate::output::Output;
 
 /// What the whole of a run is counted in.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Total {
     /// Data keys, known beforehand.
     Keys(u64),
@@ -44,6 +44,22 @@ pub(crate) fn bar(total: Total, output: &Output) -> ProgressBar {
         }));
     }
     // A first frame at once would flicker in the many runs that take a few milliseconds.
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+/// A bar of so many steps of a measurement, each of which takes seconds. Hidden when nobody would see it.
+#[cfg(all(feature = "bench", feature = "server"))]
+pub(crate) fn steps(count: u64, what: &str) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(count);
+    let template = "{bar:30} {pos} of {len} {msg}, {elapsed} gone, {eta} left";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_message(what.to_owned());
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
 }

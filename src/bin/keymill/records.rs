@@ -1,16 +1,20 @@
 //! The records of JSON Lines files, as they are read: requests, and the results that `generate` wrote.
 //!
 //! Member names are the KMS's. Reading is strict: an unknown or repeated member, another type or bytes that are not
-//! standard base64 refuse the line, since a misspelt `Aad` must not silently become no AAD. Every refusal is a sentence
-//! that begins with the line's number and names the value.
+//! standard base64 refuse the line, since a misspelt `Aad` must not silently become no AAD. What programs write that
+//! have a column for every member is read as it is meant: `null` is a member that is absent, `32.0` is 32, and an
+//! `Error` whose members are all `null` is none. Every refusal is a sentence that begins with the line's number and
+//! names the value.
 
 use std::{borrow::Cow, fmt, ops::Range};
 
 use base64_simd::STANDARD;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde_json::Value;
 
 use crate::{
     failure::quoted,
+    forms::BYTE_ORDER_MARK,
     lines::{LINE_LEN_MAX, Line},
 };
 
@@ -51,7 +55,7 @@ pub(crate) fn request<'a>(line: Line<'a>, number: u64, arena: &mut Vec<u8>) -> P
     let missing = |name: &str| format!("Line {number}: {name} is missing.");
     let key_id = fields.key_id.ok_or_else(|| missing("KeyId"))?;
     let number_of_bytes = fields.number_of_bytes.ok_or_else(|| missing("NumberOfBytes"))?;
-    let aad_text = fields.aad.unwrap_or_default();
+    let aad_text = fields.aad.flatten().unwrap_or_default();
     let aad = decode("Aad", &aad_text, number, arena)?;
     Ok(Request { key_id, number_of_bytes, aad_text, aad })
 }
@@ -61,21 +65,33 @@ pub(crate) fn outcome<'a>(line: Line<'a>, number: u64, arena: &mut Vec<u8>) -> P
     let text = text(line, number, "a result of `generate`")?;
     let mut fields = OutcomeFields::default();
     read(text, number, &mut fields)?;
-    if fields.error && fields.blob.is_none() {
-        return Ok(Outcome::Refused(text.as_bytes()));
+    let blob = fields.blob.flatten();
+    if blob.is_none() && fields.error.is_some_and(|error| says_something(&error)) {
+        return Ok(Outcome::Refused(text.trim_ascii_end().as_bytes()));
     }
-    let blob = fields.blob.ok_or_else(|| format!("Line {number}: CiphertextBlob is missing."))?;
+    let blob = blob.ok_or_else(|| format!("Line {number}: CiphertextBlob is missing."))?;
     let blob = decode("CiphertextBlob", &blob, number, arena)?;
-    let iv = fields.iv.map(|iv| decode("Iv", &iv, number, arena)).transpose()?;
-    let aad = decode("Aad", &fields.aad.unwrap_or_default(), number, arena)?;
-    Ok(Outcome::Key { key_id: fields.key_id, iv, blob, algorithm: fields.algorithm, aad })
+    let iv = fields.iv.flatten().map(|iv| decode("Iv", &iv, number, arena)).transpose()?;
+    let aad = decode("Aad", &fields.aad.flatten().unwrap_or_default(), number, arena)?;
+    let (key_id, algorithm) = (fields.key_id.flatten(), fields.algorithm.flatten());
+    Ok(Outcome::Key { key_id, iv, blob, algorithm, aad })
 }
 
-/// The line as text.
+/// Whether an `Error` is one: some writers have no null for an object, and write one of nulls.
+fn says_something(error: &Value) -> bool {
+    match error {
+        Value::Null => false,
+        Value::Object(members) => members.is_empty() || members.values().any(says_something),
+        _ => true,
+    }
+}
+
+/// The line as text. A mark of UTF-8 is no part of it, also behind the first line: files are put together.
 fn text<'a>(line: Line<'a>, number: u64, what: &str) -> Parsed<&'a str> {
     let Line::Bytes(bytes) = line else {
         return Err(format!("Line {number} is longer than {LINE_LEN_MAX} bytes."));
     };
+    let bytes = bytes.strip_prefix(&BYTE_ORDER_MARK).unwrap_or(bytes);
     if bytes.trim_ascii().is_empty() {
         return Err(format!("Line {number} is blank; every line is {what}."));
     }
@@ -94,7 +110,9 @@ fn read<'a>(text: &'a str, number: u64, fields: &mut impl Fields<'a>) -> Parsed<
         if error.is_data() {
             format!("Line {number}: {}.", shortened(message))
         } else {
-            format!("Line {number} is not JSON: {} at column {column}.", shortened(message))
+            let whole = if error.is_eof() { "; a record is one whole line" } else { "" };
+            let message = shortened(message);
+            format!("Line {number} is not JSON: {message} at column {column}{whole}.")
         }
     })
 }
@@ -129,7 +147,8 @@ trait Fields<'a> {
 struct RequestFields<'a> {
     key_id: Option<Cow<'a, str>>,
     number_of_bytes: Option<u32>,
-    aad: Option<Cow<'a, str>>,
+    /// `Some(None)` is `null`, as in other members below.
+    aad: Option<Option<Cow<'a, str>>>,
 }
 
 impl<'a> Fields<'a> for RequestFields<'a> {
@@ -141,7 +160,7 @@ impl<'a> Fields<'a> for RequestFields<'a> {
             "NumberOfBytes" => {
                 once("NumberOfBytes", &mut self.number_of_bytes, map.next_value_seed(Number)?)
             }
-            "Aad" => once("Aad", &mut self.aad, map.next_value_seed(Text("Aad"))?),
+            "Aad" => once("Aad", &mut self.aad, map.next_value_seed(Optional("Aad"))?),
             _ => Err(A::Error::custom(format_args!(
                 "member {} is unknown; a request has KeyId, NumberOfBytes and optionally Aad",
                 quoted(name)
@@ -152,15 +171,15 @@ impl<'a> Fields<'a> for RequestFields<'a> {
 
 #[derive(Default)]
 struct OutcomeFields<'a> {
-    key_id: Option<Cow<'a, str>>,
-    key_version_id: Option<Cow<'a, str>>,
-    iv: Option<Cow<'a, str>>,
-    blob: Option<Cow<'a, str>>,
-    algorithm: Option<Cow<'a, str>>,
-    aad: Option<Cow<'a, str>>,
+    key_id: Option<Option<Cow<'a, str>>>,
+    key_version_id: Option<Option<Cow<'a, str>>>,
+    iv: Option<Option<Cow<'a, str>>>,
+    blob: Option<Option<Cow<'a, str>>>,
+    algorithm: Option<Option<Cow<'a, str>>>,
+    aad: Option<Option<Cow<'a, str>>>,
     plaintext: Option<IgnoredAny>,
     request_id: Option<IgnoredAny>,
-    error: bool,
+    error: Option<Value>,
 }
 
 impl<'a> Fields<'a> for OutcomeFields<'a> {
@@ -168,35 +187,26 @@ impl<'a> Fields<'a> for OutcomeFields<'a> {
                                 --advance made it, KeyId and Iv";
 
     fn member<A: MapAccess<'a>>(&mut self, name: &str, map: &mut A) -> Result<(), A::Error> {
-        match name {
-            "KeyId" => once("KeyId", &mut self.key_id, map.next_value_seed(Text("KeyId"))?),
+        let (name, place) = match name {
+            "KeyId" => ("KeyId", &mut self.key_id),
             // Read for its type alone: a raw blob is under the key's initial version, the other form names its own.
-            "KeyVersionId" => once(
-                "KeyVersionId",
-                &mut self.key_version_id,
-                map.next_value_seed(Text("KeyVersionId"))?,
-            ),
-            "Iv" => once("Iv", &mut self.iv, map.next_value_seed(Text("Iv"))?),
-            "CiphertextBlob" => {
-                let blob = map.next_value_seed(Text("CiphertextBlob"))?;
-                once("CiphertextBlob", &mut self.blob, blob)
+            "KeyVersionId" => ("KeyVersionId", &mut self.key_version_id),
+            "Iv" => ("Iv", &mut self.iv),
+            "CiphertextBlob" => ("CiphertextBlob", &mut self.blob),
+            "Algorithm" => ("Algorithm", &mut self.algorithm),
+            "Aad" => ("Aad", &mut self.aad),
+            "Plaintext" => return once("Plaintext", &mut self.plaintext, map.next_value()?),
+            "RequestId" => return once("RequestId", &mut self.request_id, map.next_value()?),
+            "Error" => return once("Error", &mut self.error, map.next_value()?),
+            _ => {
+                return Err(A::Error::custom(format_args!(
+                    "member {} is unknown; a result has KeyId, KeyVersionId, Iv, Plaintext, \
+                     CiphertextBlob, Algorithm, Aad and RequestId",
+                    quoted(name)
+                )));
             }
-            "Algorithm" => {
-                once("Algorithm", &mut self.algorithm, map.next_value_seed(Text("Algorithm"))?)
-            }
-            "Aad" => once("Aad", &mut self.aad, map.next_value_seed(Text("Aad"))?),
-            "Plaintext" => once("Plaintext", &mut self.plaintext, map.next_value()?),
-            "RequestId" => once("RequestId", &mut self.request_id, map.next_value()?),
-            "Error" => {
-                self.error = true;
-                map.next_value::<IgnoredAny>().map(drop)
-            }
-            _ => Err(A::Error::custom(format_args!(
-                "member {} is unknown; a result has KeyId, KeyVersionId, Iv, Plaintext, \
-                 CiphertextBlob, Algorithm, Aad and RequestId",
-                quoted(name)
-            ))),
-        }
+        };
+        once(name, place, map.next_value_seed(Optional(name))?)
     }
 }
 
@@ -252,6 +262,33 @@ impl<'a> Visitor<'a> for Text {
     }
 }
 
+/// Reads a string or `null`.
+struct Optional(&'static str);
+
+impl<'a> DeserializeSeed<'a> for Optional {
+    type Value = Option<Cow<'a, str>>;
+
+    fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_option(self)
+    }
+}
+
+impl<'a> Visitor<'a> for Optional {
+    type Value = Option<Cow<'a, str>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Text(self.0).expecting(f)
+    }
+
+    fn visit_none<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_some<D: Deserializer<'a>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        Text(self.0).deserialize(deserializer).map(Some)
+    }
+}
+
 /// Reads NumberOfBytes. Its range is for the engine to judge.
 struct Number;
 
@@ -278,6 +315,16 @@ impl Visitor<'_> for Number {
     fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<u32, E> {
         u32::try_from(number)
             .map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(number), &self))
+    }
+
+    /// Programs that know one kind of number write 32 as 32.0.
+    fn visit_f64<E: serde::de::Error>(self, number: f64) -> Result<u32, E> {
+        let integral = number.fract() == 0.0 && (0.0..=u32::MAX.into()).contains(&number);
+        if !integral {
+            return Err(E::invalid_value(serde::de::Unexpected::Float(number), &self));
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "just checked")]
+        Ok(number as u32)
     }
 }
 
@@ -330,6 +377,54 @@ mod tests {
         let long =
             refusal(&format!("{{\"KeyId\":\"k\",\"NumberOfBytes\":\"{}\"}}", "9".repeat(50_000)));
         assert!(long.len() < 400, "{long}");
+    }
+
+    #[test]
+    fn what_other_programs_write_is_read_as_it_is_meant() {
+        for line in [
+            r#"{"KeyId":"k","NumberOfBytes":32,"Aad":null}"#,
+            r#"{"KeyId":"k","NumberOfBytes":32.0}"#,
+            r#"{"KeyId":"k","NumberOfBytes":3.2e1}"#,
+            "\u{feff}{\"KeyId\":\"k\",\"NumberOfBytes\":32}\r",
+        ] {
+            let request = request(Line::Bytes(line.as_bytes()), 1, &mut Vec::new()).unwrap();
+            assert_eq!((request.number_of_bytes, request.aad.len()), (32, 0), "{line}");
+        }
+        for (line, part) in [
+            (r#"{"KeyId":"k","NumberOfBytes":32.5}"#, "`32.5`, expected NumberOfBytes"),
+            (r#"{"KeyId":"k","NumberOfBytes":-32.0}"#, "`-32.0`, expected NumberOfBytes"),
+            (r#"{"KeyId":"k","NumberOfBytes":1e300}"#, "expected NumberOfBytes"),
+            (r#"{"KeyId":null,"NumberOfBytes":32}"#, "null, expected KeyId"),
+            (
+                r#"{"KeyId":"k","NumberOfBytes":1,"Aad":null,"Aad":"AA=="}"#,
+                "\"Aad\" is there twice",
+            ),
+            ("{\"KeyId\":\"k\",", "a record is one whole line"),
+        ] {
+            let message = refusal(line);
+            assert!(message.contains(part), "{line}: {message}");
+        }
+        let of = |error: &str, blob: &str| {
+            let rest = r#""KeyId":null,"Iv":null,"Algorithm":null,"Aad":null,"Plaintext":null"#;
+            let line = format!("{{{rest},\"CiphertextBlob\":{blob},\"Error\":{error}}}\r");
+            let mut arena = Vec::new();
+            outcome(Line::Bytes(line.as_bytes()), 1, &mut arena).map(|outcome| match outcome {
+                Outcome::Key { blob, .. } => Some(blob.len()),
+                Outcome::Refused(passed_on) => {
+                    assert!(line.as_bytes().starts_with(passed_on) && passed_on.ends_with(b"}"));
+                    None
+                }
+            })
+        };
+        let none = [r#"null"#, r#"{"Code":null,"Message":null}"#];
+        let some = [r#"{"Code":"c","Message":null}"#, r#""c""#, "{}"];
+        for error in none {
+            assert_eq!(of(error, "\"AAAA\""), Ok(Some(3)), "{error}");
+            assert!(of(error, "null").unwrap_err().contains("CiphertextBlob is missing"));
+        }
+        for error in some {
+            assert_eq!(of(error, "null"), Ok(None), "{error}");
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     failure::{Failure, Result, say},
     home::Home,
+    identity::Named,
     logs::{self, Logs},
     variables::named,
 };
@@ -283,6 +284,17 @@ impl Args {
         }
         if let Some(path) = &self.audit {
             home.spare_as(&named("--audit"), path)?;
+            let tls = [
+                ("--tls-cert", &self.tls_cert),
+                ("--tls-key", &self.tls_key),
+                ("--client-ca", &self.client_ca),
+            ];
+            for (option, file) in tls {
+                if let Some(file) = file {
+                    let file = Named::file(&named(option), file);
+                    Named::file(&named("--audit"), path).spares(&file, "which would be damaged")?;
+                }
+            }
             let (sync, max_bytes) = (self.audit_sync, self.audit_max_bytes);
             config.audit = Some(AuditConfig { path: absolute(path)?, sync, max_bytes });
         }

@@ -7,10 +7,8 @@ pub(crate) mod read;
 mod views;
 pub(crate) mod write;
 
-/// The first bytes of every message of a stream.
+/// The first bytes of every message of a stream. Before Arrow 0.15 messages had none.
 pub(crate) const CONTINUATION: [u8; 4] = [0xff; 4];
-/// The first bytes of the format's other form, which needs to be read from its end.
-pub(crate) const FILE_MAGIC: [u8; 6] = *b"ARROW1";
 
 /// A column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

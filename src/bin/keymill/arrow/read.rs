@@ -32,6 +32,8 @@ const BODY_LEN_FIRST: usize = 8 << 20;
 /// An Arrow stream.
 pub(crate) struct ArrowReader {
     input: Lines,
+    /// Whether messages begin with a mark, as they do since Arrow 0.15. `None` before the first.
+    marked: Option<bool>,
     columns: Vec<Kind>,
     /// The description of the message at hand.
     metadata: Vec<u8>,
@@ -68,6 +70,15 @@ struct Refusals<'a> {
     message: Option<View<'a>>,
 }
 
+impl Refusals<'_> {
+    /// Whether there is an error: some writers have no null for a struct, and write one of nulls.
+    fn says_something(&self, row: usize) -> bool {
+        let has =
+            |view: &Option<View<'_>>| view.as_ref().is_some_and(|view| view.get(row).is_some());
+        self.valid.get(row) && (has(&self.code) || has(&self.message))
+    }
+}
+
 /// Why there is no message.
 enum Ended {
     /// The end marker.
@@ -95,6 +106,7 @@ impl ArrowReader {
     pub(crate) fn new(input: Lines) -> Result<Self> {
         let mut reader = Self {
             input,
+            marked: None,
             columns: Vec::new(),
             metadata: Vec::new(),
             body: Zeroizing::default(),
@@ -142,9 +154,10 @@ impl ArrowReader {
                 self.input.name(),
                 self.rows_before
             ),
-            "columns are Binary or Utf8 (or their Large forms, or FixedSizeBinary), as `generate \
-             --format arrow` writes them, in uncompressed record batches below 256 MiB; a stream \
-             that was cut off has to be made again",
+            "columns are Binary or Utf8 (or their Large or View forms, or FixedSizeBinary), as \
+             `generate --format arrow` writes them, in record batches below 256 MiB without \
+             compression (`compression=None` of pyarrow's IpcWriteOptions, `compression=\
+             'uncompressed'` of polars); a stream that was cut off has to be made again",
         )
     }
 
@@ -159,16 +172,22 @@ impl ArrowReader {
 
     /// Reads a message into `metadata` and `body`.
     fn next_message(&mut self) -> Result<(), Ended> {
-        let mut head = [0; 8];
+        let mut head = [0; 4];
         let cut_off = || Ended::Refused("it is cut off: its end marker is missing".into());
-        if self.input.take(&mut head)? < head.len() {
+        let mut head_len = self.input.take(&mut head)?;
+        // The first message decides which of the two framings the stream has.
+        let marked = *self.marked.get_or_insert(head == CONTINUATION);
+        if marked && head_len == head.len() {
+            if head != CONTINUATION {
+                let what = "a message begins with other bytes than its mark";
+                return Err(Ended::Refused(what.into()));
+            }
+            head_len = self.input.take(&mut head)?;
+        }
+        if head_len < head.len() {
             return Err(cut_off());
         }
-        let (mark, len) = head.split_at(4);
-        if mark != CONTINUATION {
-            return Err(Ended::Refused("a message begins with other bytes than its mark".into()));
-        }
-        let len = i32::from_le_bytes(len.try_into().expect("4 bytes"));
+        let len = i32::from_le_bytes(head);
         let len = match usize::try_from(len) {
             Ok(0) => return Err(Ended::Marked),
             Ok(len) if len <= METADATA_LEN_MAX => len,
@@ -186,7 +205,8 @@ impl ArrowReader {
         if self.read_body(body_len)? < body_len {
             return Err(cut_off());
         }
-        self.bytes_read += (head.len() + len + body_len) as u64;
+        let head_len = if marked { 2 * head.len() } else { head.len() };
+        self.bytes_read += (head_len + len + body_len) as u64;
         Ok(())
     }
 
@@ -296,6 +316,8 @@ fn layout(known: Field, field: &arrow_ipc::Field<'_>) -> Checked<Layout> {
         Type::Null if known != Field::CiphertextBlob => Ok(Layout::Null),
         Type::Binary if bytes => Ok(Layout::Small),
         Type::LargeBinary if bytes => Ok(Layout::Large),
+        Type::BinaryView if bytes => Ok(Layout::Views),
+        Type::Utf8View if text => Ok(Layout::Views),
         Type::Utf8 if text => Ok(Layout::Small),
         Type::LargeUtf8 if text => Ok(Layout::Large),
         Type::FixedSizeBinary if bytes => {
@@ -306,9 +328,9 @@ fn layout(known: Field, field: &arrow_ipc::Field<'_>) -> Checked<Layout> {
             known.name(),
             kind.variant_name().unwrap_or("unknown"),
             if known.is_bytes() {
-                "Binary, LargeBinary or FixedSizeBinary"
+                "Binary, LargeBinary, BinaryView or FixedSizeBinary"
             } else {
-                "Utf8 or LargeUtf8"
+                "Utf8, LargeUtf8 or Utf8View"
             }
         )),
     }
@@ -325,7 +347,7 @@ fn batch<'a>(metadata: &[u8], body: &'a [u8], columns: &[Kind]) -> Checked<Views
         .ok_or_else(|| format!("a message is a {}", header.variant_name().unwrap_or("stranger")))?;
     debug_assert_eq!(header, MessageHeader::RecordBatch);
     let mut parts = Parts::new(batch, body)?;
-    let mut views = [None; COLUMNS.len()];
+    let mut views = [const { None }; COLUMNS.len()];
     let mut error = None;
     for kind in columns {
         match kind {
@@ -370,7 +392,7 @@ impl<'a> Batch<'a> {
 
     fn read(&self, row: usize) -> Checked<Item<'a>> {
         let Some(blob) = self.bytes(Field::CiphertextBlob, row) else {
-            return match self.error.as_ref().filter(|error| error.valid.get(row)) {
+            return match self.error.as_ref().filter(|error| error.says_something(row)) {
                 Some(error) => self.refusal(error, row).map(Item::Row),
                 None => Err("CiphertextBlob is missing.".into()),
             };
@@ -384,13 +406,13 @@ impl<'a> Batch<'a> {
     }
 
     fn refusal(&self, error: &Refusals<'a>, row: usize) -> Checked<PassedOn<'a>> {
-        let of = |view: Option<View<'a>>, field: Field| {
-            let value = view.and_then(|view| view.get(row));
+        let of = |view: &Option<View<'a>>, field: Field| {
+            let value = view.as_ref().and_then(|view| view.get(row));
             value.map(|value| as_text(value, field).map(Cow::Borrowed)).transpose()
         };
         let passed_on = PassedOn {
-            code: of(error.code, Field::Code)?,
-            message: of(error.message, Field::Message)?,
+            code: of(&error.code, Field::Code)?,
+            message: of(&error.message, Field::Message)?,
             // Bytes, if others keep it so, are no text to pass on.
             request_id: self.text(Field::RequestId, row).ok().flatten().map(Cow::Borrowed),
         };
@@ -403,7 +425,7 @@ impl<'a> Batch<'a> {
 
     fn bytes(&self, field: Field, row: usize) -> Option<&'a [u8]> {
         let place = COLUMNS.iter().position(|known| *known == field)?;
-        self.views[place].and_then(|view| view.get(row))
+        self.views[place].as_ref().and_then(|view| view.get(row))
     }
 
     fn text(&self, field: Field, row: usize) -> Checked<Option<&'a str>> {

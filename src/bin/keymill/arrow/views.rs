@@ -4,6 +4,8 @@
 //! slices panic on some of them, and its copies of a data key are not wiped. Every position is checked before it is
 //! used; nothing is copied.
 
+use std::rc::Rc;
+
 use arrow_ipc::{FieldNode, RecordBatch};
 
 use super::Field;
@@ -22,16 +24,26 @@ pub(super) enum Layout {
     Large,
     /// So many bytes each: FixedSizeBinary.
     Fixed(usize),
+    /// With views of 16 bytes, each of which holds a short value or says where a long one lies: BinaryView, Utf8View.
+    Views,
 }
 
+/// Bytes of a view: the length, and either up to 12 bytes of the value, or its first 4, the number of a buffer, and the
+/// offset there.
+const VIEW_LEN: usize = 16;
+/// Most bytes of a value that lies in its view.
+const INLINE_LEN_MAX: usize = 12;
+
 /// The values of a column.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct View<'a> {
     /// A bit for each row; `None` if none is null.
     valid: Option<&'a [u8]>,
     layout: Layout,
     offsets: &'a [u8],
     values: &'a [u8],
+    /// Where the long values of `Layout::Views` lie.
+    more: Rc<[&'a [u8]]>,
 }
 
 impl<'a> View<'a> {
@@ -46,8 +58,21 @@ impl<'a> View<'a> {
             Layout::Fixed(width) => row * width..(row + 1) * width,
             Layout::Small => small(self.offsets, row)..small(self.offsets, row + 1),
             Layout::Large => large(self.offsets, row)..large(self.offsets, row + 1),
+            Layout::Views => return self.viewed(row),
         };
         Some(&self.values[range])
+    }
+
+    /// The value of a view; `None` if it lies nowhere.
+    fn viewed(&self, row: usize) -> Option<&'a [u8]> {
+        let view = self.values.get(row * VIEW_LEN..)?.get(..VIEW_LEN)?;
+        let number = |at: usize| small(&view[at..at + 4], 0);
+        let len = number(0);
+        if len <= INLINE_LEN_MAX {
+            return Some(&view[4..4 + len]);
+        }
+        let offset = number(12);
+        self.more.get(number(8))?.get(offset..offset.checked_add(len)?)
     }
 }
 
@@ -69,6 +94,8 @@ pub(super) struct Parts<'a> {
     rows: usize,
     nodes: std::vec::IntoIter<FieldNode>,
     buffers: std::vec::IntoIter<&'a [u8]>,
+    /// How many buffers the long values of each column of views have.
+    more: std::vec::IntoIter<i64>,
 }
 
 impl<'a> Parts<'a> {
@@ -76,7 +103,7 @@ impl<'a> Parts<'a> {
     /// For a batch without columns, with compressed buffers, or with any outside of `body`.
     pub(super) fn new(batch: RecordBatch<'_>, body: &'a [u8]) -> Checked<Self> {
         if batch.compression().is_some() {
-            return Err("its buffers are compressed, which is not supported".into());
+            return Err("its buffers are compressed; write it without compression".into());
         }
         let rows = usize::try_from(batch.length());
         let rows = rows.map_err(|_| format!("a record batch has {} rows", batch.length()))?;
@@ -91,7 +118,9 @@ impl<'a> Parts<'a> {
             buffers.iter().map(|buffer| part((buffer.offset(), buffer.length()))).collect();
         let outside = || "a buffer lies outside of its message".to_owned();
         let nodes = nodes.iter().copied().collect::<Vec<_>>().into_iter();
-        Ok(Self { body, rows, nodes, buffers: buffers.ok_or_else(outside)?.into_iter() })
+        let more: Vec<_> = batch.variadicBufferCounts().into_iter().flatten().collect();
+        let buffers = buffers.ok_or_else(outside)?.into_iter();
+        Ok(Self { body, rows, nodes, buffers, more: more.into_iter() })
     }
 
     pub(super) fn rows(&self) -> usize {
@@ -104,17 +133,30 @@ impl<'a> Parts<'a> {
         let (offsets, values): (&[u8], &[u8]) = (&[], &[]);
         if layout == Layout::Null {
             self.nothing(name)?;
-            return Ok(View { valid: None, layout, offsets, values });
+            return Ok(View { valid: None, layout, offsets, values, more: Rc::default() });
         }
         let valid = self.validity(name)?.valid;
         let offsets = match layout {
             Layout::Small | Layout::Large => self.buffer(name)?,
             _ => offsets,
         };
-        let view = View { valid, layout, offsets, values: self.buffer(name)? };
+        let values = self.buffer(name)?;
+        let more = match layout {
+            Layout::Views => self.more(name)?,
+            _ => Rc::default(),
+        };
+        let view = View { valid, layout, offsets, values, more };
         self.check(&view).map_err(|what| format!("column {name} {what}"))?;
         // A batch without rows may have no offsets at all; then nothing is ever read.
         Ok(view)
+    }
+
+    /// The buffers of the long values of the next column of views.
+    fn more(&mut self, name: &str) -> Checked<Rc<[&'a [u8]]>> {
+        let count = self.more.next().and_then(|count| usize::try_from(count).ok());
+        let count = count.filter(|count| *count <= self.buffers.len());
+        let count = count.ok_or_else(|| format!("column {name} lacks its number of buffers"))?;
+        Ok(self.buffers.by_ref().take(count).collect())
     }
 
     /// The next column, if it has no type.
@@ -178,6 +220,7 @@ impl<'a> Parts<'a> {
                     false => Err(format!("has {len} bytes for {rows} values of {width}")),
                 };
             }
+            Layout::Views => return check_views(view, rows),
             Layout::Small => 4,
             Layout::Large => 8,
         };
@@ -204,6 +247,17 @@ impl<'a> Parts<'a> {
             return Err(format!("has values that end at byte {last} of {len}"));
         }
         Ok(())
+    }
+}
+
+/// Whether there is a view for each row, and every value that is not null lies within its buffer.
+fn check_views(view: &View<'_>, rows: usize) -> Checked<()> {
+    if rows.checked_mul(VIEW_LEN).is_none_or(|needed| needed > view.values.len()) {
+        return Err(format!("has {} bytes of views for {rows} rows", view.values.len()));
+    }
+    match (0..rows).find(|row| is_valid(view.valid, *row) && view.viewed(*row).is_none()) {
+        Some(row) => Err(format!("has a value, in row {row} of a batch, outside of its buffers")),
+        None => Ok(()),
     }
 }
 

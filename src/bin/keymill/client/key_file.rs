@@ -8,12 +8,7 @@
 //! The certificate carries the key and says nothing else; nobody checks its signature or its dates but the SDKs, some
 //! of which present it to the server as that of a TLS client.
 
-use std::{
-    fs::File,
-    io::{self, Write},
-    path::{Path, PathBuf},
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use keymill::{ClientId, ErrorKind};
 use p12_keystore::{
@@ -24,12 +19,11 @@ use rcgen::{
     CertificateParams, DistinguishedName, DnType, PKCS_RSA_SHA256, PublicKeyData, RsaKeySize,
 };
 use serde::Serialize;
-use tempfile::NamedTempFile;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::{
     failure::{Failure, Result, hint},
-    output::directory_of,
+    passing::NewFile,
 };
 
 /// How long the certificate is valid. Nothing of ours asks for it.
@@ -103,68 +97,14 @@ struct Document<'a> {
     private_key_data: &'a str,
 }
 
-/// A key file, not yet in its place. Dropped before it is finished, it is gone.
-pub(super) struct KeyFile {
-    unfinished: NamedTempFile,
-    path: PathBuf,
-}
-
-impl KeyFile {
-    /// Finds out whether a file can be put at `path`, where nothing may be.
-    pub(super) fn begin(path: &Path) -> Result<Self> {
-        let fail = |error: io::Error| Failure::file("cannot write", path, &error);
-        // The last part of a path that ends in a slash is that of a directory.
-        if path.file_name().is_none() || path.as_os_str().as_encoded_bytes().ends_with(b"/") {
-            return Err(Failure::refused(format!("--out {path:?} names no file"), "name a file"));
-        }
-        match path.symlink_metadata() {
-            Ok(_) => return Err(taken(path)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(fail(error)),
-        }
-        // Of mode 0600.
-        let unfinished = tempfile::Builder::new()
-            .prefix(".keymill-")
-            .suffix(".part")
-            .tempfile_in(directory_of(path))
-            .map_err(|error| fail(error.kind().into()))?;
-        Ok(Self { unfinished, path: path.to_owned() })
-    }
-
-    /// Where the file is until it is finished.
-    pub(super) fn unfinished(&self) -> &Path {
-        self.unfinished.path()
-    }
-
-    /// Writes the file and puts it in its place, unless there is something by now.
-    pub(super) fn finish(mut self, id: &ClientId, pair: &KeyPair, password: &str) -> Result<()> {
-        let fail = |error: &io::Error| Failure::file("cannot write", &self.path, error);
-        let container = base64_simd::STANDARD.encode_to_string(pair.container(id, password)?);
-        let document = Document { key_id: id.as_str(), private_key_data: &container };
-        let json = serde_json::to_string(&document);
-        let json = Zeroizing::new(json.map_err(|error| failed("write JSON", error))?);
-        self.unfinished
-            .write_all(json.as_bytes())
-            .and_then(|()| self.unfinished.write_all(b"\n"))
-            .and_then(|()| self.unfinished.as_file().sync_all())
-            .map_err(|error| fail(&error))?;
-        self.unfinished.persist_noclobber(&self.path).map_err(|error| {
-            if error.error.kind() == io::ErrorKind::AlreadyExists {
-                return taken(&self.path);
-            }
-            Failure::file("cannot write", &self.path, &error.error)
-        })?;
-        // The name, too, shall survive a power failure. Some file systems cannot synchronise a directory.
-        let _ = File::open(directory_of(&self.path)).and_then(|directory| directory.sync_all());
-        Ok(())
-    }
-}
-
-fn taken(path: &Path) -> Failure {
-    Failure::refused(
-        format!("--out {path:?} exists already; a key file is never overwritten"),
-        "name a file that does not exist",
-    )
+/// Writes the key file and puts it in its place.
+pub(super) fn write(file: NewFile, id: &ClientId, pair: &KeyPair, password: &str) -> Result<()> {
+    let container = base64_simd::STANDARD.encode_to_string(pair.container(id, password)?);
+    let document = Document { key_id: id.as_str(), private_key_data: &container };
+    let json = serde_json::to_string(&document);
+    let mut json = Zeroizing::new(json.map_err(|error| failed("write JSON", error))?);
+    json.push('\n');
+    file.finish(json.as_bytes())
 }
 
 fn failed(what: &str, error: impl std::fmt::Display) -> Failure {

@@ -13,13 +13,15 @@ use keymill::{Client, ClientId, CreateClient, Engine, KeyPattern, Permissions, U
 
 use crate::{
     failure::{Failure, Result, quoted},
-    home::{Home, place_of},
+    home::Home,
+    identity::Named,
     interrupt,
     output::DASH,
+    passing::NewFile,
     print,
     warnings::warn,
 };
-use key_file::{KeyFile, KeyPair};
+use key_file::KeyPair;
 use password::Password;
 
 #[derive(clap::Subcommand)]
@@ -32,12 +34,7 @@ pub(crate) enum Command {
     /// Show one client
     Show(Which),
     /// Change a client's name, keys or permissions
-    Set {
-        #[command(flatten)]
-        which: Which,
-        #[command(flatten)]
-        changes: Changes,
-    },
+    Set(Set),
     /// Disable a client: the server refuses it until it is enabled again
     Disable(Which),
     /// Enable a disabled client
@@ -72,8 +69,9 @@ pub(crate) struct Create {
     /// File of the password that protects the key; a new one is made if it does not exist
     #[arg(long, value_name = "FILE")]
     password_file: PathBuf,
-    /// Keys that it may use: ids or aliases, in which * stands for any characters and ? for one
-    #[arg(long, value_name = "PATTERN", required = true, num_args = 1..)]
+    /// Keys that it may use: ids or aliases, in which * stands for any characters and ? for one;
+    /// several with commas or spaces between them
+    #[arg(long, value_name = "PATTERN", required = true, num_args = 1.., value_delimiter = ',')]
     keys: Vec<String>,
     /// What it may do: any of generate, decrypt, encrypt, random with commas between them, or all
     #[arg(long, value_name = "LIST")]
@@ -112,13 +110,26 @@ pub(crate) struct Json {
 }
 
 #[derive(clap::Args)]
+pub(crate) struct Set {
+    /// The client's id, KAAP.<uuid>
+    // It may stand behind the patterns of --keys, where clap takes it for one more.
+    #[arg(required_unless_present = "keys")]
+    client: Option<String>,
+    #[command(flatten)]
+    json: Json,
+    #[command(flatten)]
+    changes: Changes,
+}
+
+#[derive(clap::Args)]
 #[group(required = true, multiple = true)]
 pub(crate) struct Changes {
     /// A new name: 1 to 64 characters
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Patterns of key ids and aliases, in the place of all that it had
-    #[arg(long, value_name = "PATTERN", num_args = 1..)]
+    /// Patterns of key ids and aliases, in the place of all that it had; several with commas or
+    /// spaces between them
+    #[arg(long, value_name = "PATTERN", num_args = 1.., value_delimiter = ',')]
     keys: Option<Vec<String>>,
     /// Permissions in the place of all that it had: any of generate, decrypt, encrypt, random with
     /// commas between them, or all
@@ -131,7 +142,7 @@ pub(crate) fn run(home: &Home, command: Command) -> Result<()> {
         Command::Create(args) => create(home, &args),
         Command::List(Json { json }) => show::clients(&home.open()?.list_clients()?, json),
         Command::Show(which) => change(home, &which, Engine::describe_client),
-        Command::Set { which, changes } => set(home, &which, changes),
+        Command::Set(args) => set(home, args),
         Command::Disable(which) => change(home, &which, Engine::disable_client),
         Command::Enable(which) => change(home, &which, Engine::enable_client),
         Command::Delete { client } => {
@@ -152,30 +163,44 @@ fn change(
     show::client(&operation(&home.open()?, &id)?, *json)
 }
 
-fn set(home: &Home, which: &Which, Changes { name, keys, allow }: Changes) -> Result<()> {
+fn set(home: &Home, Set { client, json, changes }: Set) -> Result<()> {
+    let Changes { name, mut keys, allow } = changes;
+    let client = client.or_else(|| id_behind(&mut keys)).ok_or_else(|| {
+        Failure::refused(
+            "no client is named: what follows --keys are patterns of keys",
+            "write the client's id before the options; `keymill client list` shows the ids",
+        )
+    })?;
+    let which = Which { client, json };
     let update = UpdateClient {
         name,
         permissions: allow.as_deref().map(Permissions::parse).transpose()?,
         key_patterns: keys.as_deref().map(patterns).transpose()?,
     };
     let key_patterns = update.key_patterns.as_deref().unwrap_or_default();
-    change(home, which, |engine, id| {
+    change(home, &which, |engine, id| {
         let client = engine.update_client(id, &update)?;
         warn_of_idle(engine, key_patterns)?;
         Ok(client)
     })
 }
 
+/// Takes the client's id from behind the patterns: no key has an id or an alias of that form.
+fn id_behind(keys: &mut Option<Vec<String>>) -> Option<String> {
+    let patterns = keys.as_mut().filter(|patterns| patterns.len() > 1)?;
+    ClientId::parse(patterns.last()?)?;
+    patterns.pop()
+}
+
 fn create(home: &Home, args: &Create) -> Result<()> {
     let permissions = Permissions::parse(&args.allow)?;
     let key_patterns = patterns(&args.keys)?;
     check_places(home, args)?;
-    let engine = home.open()?;
-    let mut password = Password::of_file(&args.password_file)?;
     // What is not finished is taken away again, also after Ctrl-C.
     interrupt::install()?;
-    let file = KeyFile::begin(&args.out)?;
-    interrupt::watch(file.unfinished());
+    let file = NewFile::begin("--out", &args.out)?;
+    let mut password = Password::of_file(&args.password_file)?;
+    let engine = home.open()?;
     let pair = KeyPair::generate()?;
     let request = CreateClient {
         name: args.name.clone(),
@@ -188,7 +213,7 @@ fn create(home: &Home, args: &Create) -> Result<()> {
         // The id comes from the store, and the file holds it. So the client exists for a moment without its file; it
         // is of no use to anyone then, and goes again if the file cannot be put in its place.
         let client = engine.create_client(&request)?;
-        match file.finish(&client.client_id, &pair, password.expose()) {
+        match key_file::write(file, &client.client_id, &pair, password.expose()) {
             Ok(()) => Ok(client),
             Err(failure) => Err(undo(&engine, &client.client_id, failure)),
         }
@@ -231,13 +256,15 @@ fn check_places(home: &Home, Create { out, password_file, .. }: &Create) -> Resu
             ));
         }
     }
-    if place_of(out) == place_of(password_file) {
+    let (key_file, password_file) =
+        (Named::file("--out", out), Named::file("--password-file", password_file));
+    if key_file.place().is(password_file.place()) {
         return Err(Failure::refused(
             format!("--out and --password-file are both {out:?}"),
             "name two files: whoever has both can act as the client",
         ));
     }
-    Ok(())
+    Named::standard_output().spares(&password_file, "which would be damaged")
 }
 
 fn id(text: &str) -> Result<ClientId> {

@@ -4,9 +4,8 @@
 //! printed; messages name its file.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    io::{self, Read, Write},
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    fs, io, mem,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -15,6 +14,8 @@ use zeroize::Zeroizing;
 
 use crate::{
     failure::{Failure, Result, hint},
+    input::Input,
+    passing::NewFile,
     warnings::warn,
 };
 
@@ -39,8 +40,8 @@ pub(super) struct Password {
 enum State {
     /// The file was there before.
     Found,
-    /// There is no file yet.
-    Missing,
+    /// There is no file yet, and this is to be it.
+    Missing(NewFile),
     /// The file is ours, and goes if the client does not come to be.
     Made,
     /// It stays.
@@ -48,12 +49,15 @@ enum State {
 }
 
 impl Password {
-    /// Reads the password in `path`, or makes up one for a file that does not exist. Writes nothing.
+    /// Reads the password in `path`, or makes up one for a file that does not exist, if it can be made there.
     pub(super) fn of_file(path: &Path) -> Result<Self> {
-        let (text, state) = match File::open(path) {
-            Ok(file) => (read(path, file)?, State::Found),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (made_up()?, State::Missing),
-            Err(error) => return Err(Failure::file("cannot read", path, &error)),
+        let missing = matches!(
+            fs::metadata(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound
+        );
+        let (text, state) = match missing {
+            true => (made_up()?, State::Missing(NewFile::begin("--password-file", path)?)),
+            false => (read(path, Input::open("--password-file", path)?)?, State::Found),
         };
         Ok(Self { text, path: path.to_owned(), state })
     }
@@ -65,22 +69,15 @@ impl Password {
 
     /// Writes the file if there is none. Never over a file that has come meanwhile.
     pub(super) fn make_if_missing(&mut self) -> Result<()> {
-        if !matches!(self.state, State::Missing) {
-            return Ok(());
+        match mem::replace(&mut self.state, State::Found) {
+            State::Missing(file) => {
+                let line = Zeroizing::new(format!("{}\n", *self.text));
+                file.finish(line.as_bytes())?;
+                self.state = State::Made;
+            }
+            state => self.state = state,
         }
-        let fail = |error: io::Error| Failure::file("cannot write", &self.path, &error);
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&self.path)
-            .map_err(fail)?;
-        let written = file
-            .write_all(self.text.as_bytes())
-            .and_then(|()| file.write_all(b"\n"))
-            .and_then(|()| file.sync_all());
-        self.state = State::Made;
-        written.map_err(fail)
+        Ok(())
     }
 
     /// Leaves the file where it is. Returns whether it was made.
@@ -99,25 +96,17 @@ impl Drop for Password {
     }
 }
 
-fn read(path: &Path, mut file: File) -> Result<Zeroizing<String>> {
-    let fail = |error: io::Error| Failure::file("cannot read", path, &error);
+fn read(path: &Path, mut input: Input) -> Result<Zeroizing<String>> {
     // A pipe has no owner whose carelessness there is to warn of.
-    let metadata = file.metadata().map_err(fail)?;
+    let metadata = input.file().metadata();
+    let metadata = metadata.map_err(|error| Failure::file("cannot read", path, &error))?;
     if metadata.is_file() && metadata.permissions().mode() & 0o077 != 0 {
         warn(format_args!(
             "others than its owner may access {path:?}; `chmod 600` makes it private"
         ));
     }
     let mut buffer = Zeroizing::new([0; READ_MAX]);
-    let mut len = 0;
-    while len < READ_MAX {
-        match file.read(&mut buffer[len..]) {
-            Ok(0) => break,
-            Ok(read) => len += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(fail(error)),
-        }
-    }
+    let len = input.fill(&mut *buffer)?;
     let bytes = &buffer[..len];
     let bytes =
         bytes.strip_suffix(b"\n").map_or(bytes, |cut| cut.strip_suffix(b"\r").unwrap_or(cut));

@@ -3,7 +3,7 @@
 //! The file is the one that `keymill client create` writes and the SDKs read: JSON around a PKCS#12. A signed request
 //! is kept as the bytes that go over the wire, so that sending it again costs a copy.
 
-use std::{fs, path::Path, time::SystemTime};
+use std::{path::Path, time::SystemTime};
 
 use aws_lc_rs::{
     digest,
@@ -17,7 +17,11 @@ use p12_keystore::Pkcs12Archive;
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
-use crate::failure::{Failure, Result};
+use crate::{
+    failure::{Failure, Result},
+    forms::BYTE_ORDER_MARK,
+    input::Input,
+};
 
 /// The JSON of the SDKs.
 #[derive(Deserialize)]
@@ -35,25 +39,28 @@ pub(super) struct ClientKey {
     random: SystemRandom,
 }
 
+/// More than a key file has.
+const FILE_LEN_MAX: usize = 64 << 10;
 /// The type of every body.
 const MEDIA_TYPE: &str = "application/x-protobuf";
 
 impl ClientKey {
     pub(super) fn read(file: &Path, password_file: &Path) -> Result<Self> {
-        let read = |path: &Path| {
-            let text = fs::read_to_string(path).map(Zeroizing::new);
-            text.map_err(|error| Failure::file("cannot read", path, &error))
-        };
+        let read = |option: &str, path: &Path| Input::open(option, path)?.all(FILE_LEN_MAX);
         let no_key_file = || {
             Failure::refused(
                 format!("--client-key {file:?} is no client's key file"),
                 "name a file that `keymill client create` wrote, or the KMS's console",
             )
         };
-        let (json, password) = (read(file)?, read(password_file)?);
-        let password = password.strip_suffix('\n').unwrap_or(&password);
-        let password = password.strip_suffix('\r').unwrap_or(password);
-        let document: Document = serde_json::from_str(&json).map_err(|_| no_key_file())?;
+        let (json, password) =
+            (read("--client-key", file)?, read("--password-file", password_file)?);
+        let password = password.strip_suffix(b"\n").unwrap_or(&password);
+        let password = password.strip_suffix(b"\r").unwrap_or(password);
+        // One that is no text opens nothing, and is told so below.
+        let password = std::str::from_utf8(password).unwrap_or_default();
+        let json = json.strip_prefix(&BYTE_ORDER_MARK).unwrap_or(&json);
+        let document: Document = serde_json::from_slice(json).map_err(|_| no_key_file())?;
         let container = STANDARD.decode_to_vec(&*Zeroizing::new(document.private_key_data));
         let container = Zeroizing::new(container.map_err(|_| no_key_file())?);
         let archive = Pkcs12Archive::from_pkcs12(&container, password).map_err(|_| {

@@ -23,7 +23,10 @@ use super::{
     requests::{BATCH_ITEMS, Generated, Set, Signed, Signing, generated_batch, open_again},
     wire::Connection,
 };
-use crate::failure::{Failure, Result};
+use crate::{
+    failure::{Failure, Result},
+    progress,
+};
 
 /// Of so many data keys one is opened again.
 const SAMPLE: usize = 1000;
@@ -57,6 +60,7 @@ pub(super) async fn measure(
         readers.push(Reader { connection, heads: Vec::new(), sample: Vec::new(), opened: 0 });
     }
     let mut took = Duration::ZERO;
+    let progress = progress::steps(PARTS as u64, "parts of many");
     for part in 0..PARTS {
         let span = part * batches / PARTS..(part + 1) * batches / PARTS;
         let requests = set.fresh(signing)?;
@@ -66,7 +70,9 @@ pub(super) async fn measure(
         if part == 0 || part == PARTS - 1 {
             look()?;
         }
+        progress.inc(1);
     }
+    progress.finish_and_clear();
     let mut heads = Vec::with_capacity(batches * BATCH_ITEMS);
     let mut opened = 0;
     for mut reader in readers {

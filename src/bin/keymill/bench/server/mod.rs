@@ -29,7 +29,10 @@ use self::{
     rounds::Run,
     wire::Target,
 };
-use crate::failure::{Failure, Result};
+use crate::{
+    failure::{Failure, Result},
+    identity::Named,
+};
 
 /// The default length of the rounds together.
 const TIME: Duration = Duration::from_secs(60);
@@ -58,6 +61,14 @@ pub(crate) struct LoadArgs {
     /// CA of the server's certificate, PEM, for https
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
+
+    /// Certificate chain to show a server that asks for one (mutual TLS), PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+
+    /// The private key of --tls-cert, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
 
     /// Connections [default: 64]
     #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(1..=16_384))]
@@ -140,7 +151,21 @@ impl LoadArgs {
         let password = self.password_file.as_ref();
         let password = password.ok_or_else(|| needed("--password-file FILE"))?;
         let key = self.key.clone().ok_or_else(|| needed("--key KEY"))?;
-        let target = Target::parse(url, self.ca.as_deref())?;
+        let files = [
+            ("--client-key", Some(file)),
+            ("--password-file", Some(password)),
+            ("--ca", self.ca.as_ref()),
+            ("--tls-cert", self.tls_cert.as_ref()),
+            ("--tls-key", self.tls_key.as_ref()),
+        ];
+        for (option, path) in files {
+            if let Some(path) = path {
+                let file = Named::file(option, path);
+                Named::standard_output().spares(&file, "which would be damaged")?;
+            }
+        }
+        let shown = self.tls_cert.as_deref().zip(self.tls_key.as_deref());
+        let target = Target::parse(url, self.ca.as_deref(), shown)?;
         let client = ClientKey::read(file, password)?;
         Ok(Some(Asked {
             signing: Arc::new(Signing { target, client, key }),
@@ -157,6 +182,7 @@ impl LoadArgs {
             ("--password-file", self.password_file.is_some()),
             ("--key", self.key.is_some()),
             ("--ca", self.ca.is_some()),
+            ("--tls-cert", self.tls_cert.is_some()),
             ("--connections", self.connections.is_some()),
             ("--keys", self.keys.is_some()),
             ("--server-pid", self.server_pid.is_some()),

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     bench::timing::shuffle,
     failure::{Failure, Result},
+    progress,
 };
 
 /// Under overload so many requests are in progress, and more wait in the client. Fewer than the 1024 files that most
@@ -156,6 +157,7 @@ impl Run {
             self.turn(*job, self.plan.turn(*job) / PASSES).await?;
         }
         self.values = closed.iter().chain(&open).copied().map(Values::new).collect();
+        let progress = progress::steps(self.plan.rounds.into(), "rounds");
         for _ in 0..self.plan.rounds {
             for _ in 0..PASSES {
                 shuffle(&mut closed, &mut rng);
@@ -167,7 +169,9 @@ impl Run {
             for job in &open {
                 self.turn(*job, self.plan.turn(*job)).await?;
             }
+            progress.inc(1);
         }
+        progress.finish_and_clear();
         Ok(())
     }
 

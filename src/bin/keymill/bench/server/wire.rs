@@ -14,7 +14,7 @@ use keymill::server::proto;
 use prost::Message;
 use rustls::{
     ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, ServerName, pem::PemObject},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -42,8 +42,13 @@ const BUFFER_LEN: usize = 4 << 10;
 const HEADERS_MAX: usize = 32;
 
 impl Target {
-    /// Reads `http://host:port`, `https://host:port`, or `host:port`, which is plain HTTP.
-    pub(super) fn parse(url: &str, ca: Option<&Path>) -> Result<Self> {
+    /// Reads `http://host:port`, `https://host:port`, or `host:port`, which is plain HTTP. `shown` are the files of a
+    /// certificate for a server that asks for one, and of its key.
+    pub(super) fn parse(
+        url: &str,
+        ca: Option<&Path>,
+        shown: Option<(&Path, &Path)>,
+    ) -> Result<Self> {
         let (is_tls, host) = match url.split_once("://") {
             Some(("http", host)) => (false, host),
             Some(("https", host)) => (true, host),
@@ -54,6 +59,12 @@ impl Target {
         let (name, _) = host.rsplit_once(':').ok_or_else(|| no_server(url))?;
         let name = name.trim_start_matches('[').trim_end_matches(']');
         let tls = match (is_tls, ca) {
+            (false, None) if shown.is_some() => {
+                return Err(Failure::refused(
+                    format!("--tls-cert is for https, and --server {} is plain HTTP", quoted(url)),
+                    "write https://host:port, or leave --tls-cert and --tls-key out",
+                ));
+            }
             (false, None) => None,
             (false, Some(_)) => {
                 return Err(Failure::refused(
@@ -69,7 +80,7 @@ impl Target {
             }
             (true, Some(ca)) => {
                 let name = ServerName::try_from(name.to_owned()).map_err(|_| no_server(url))?;
-                Some((connector(ca)?, name))
+                Some((connector(ca, shown)?, name))
             }
         };
         let address = host.to_socket_addrs().ok().and_then(|mut found| found.next());
@@ -110,26 +121,46 @@ fn no_server(url: &str) -> Failure {
     )
 }
 
-fn connector(ca: &Path) -> Result<TlsConnector> {
-    let bad = |why: String| {
-        Failure::refused(format!("--ca {ca:?} cannot be used: {why}"), "name a certificate in PEM")
+fn connector(ca: &Path, shown: Option<(&Path, &Path)>) -> Result<TlsConnector> {
+    let refused = |option: &str, path: &Path, why: String| {
+        let message = format!("{option} {path:?} cannot be used: {why}");
+        Failure::refused(message, "name a file in PEM; certificate and key belong together")
     };
+    let bad = |why: String| refused("--ca", ca, why);
     let mut roots = RootCertStore::empty();
-    let certificates = CertificateDer::pem_file_iter(ca).map_err(|error| bad(error.to_string()))?;
-    for certificate in certificates {
-        let certificate = certificate.map_err(|error| bad(error.to_string()))?;
+    for certificate in certificates(ca).map_err(bad)? {
         roots.add(certificate).map_err(|error| bad(error.to_string()))?;
-    }
-    if roots.is_empty() {
-        return Err(bad("there is no certificate in it".into()));
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .map_err(|error| bad(error.to_string()))?;
-    let mut config = config.with_root_certificates(roots).with_no_client_auth();
+        .map_err(|error| bad(error.to_string()))?
+        .with_root_certificates(roots);
+    let mut config = match shown {
+        None => config.with_no_client_auth(),
+        Some((certificate, key)) => {
+            let chain =
+                certificates(certificate).map_err(|why| refused("--tls-cert", certificate, why))?;
+            let bad_key = |why: String| refused("--tls-key", key, why);
+            let read = PrivateKeyDer::from_pem_file(key);
+            let read = read.map_err(|error| bad_key(error.to_string()))?;
+            let config = config.with_client_auth_cert(chain, read);
+            config.map_err(|error| bad_key(error.to_string()))?
+        }
+    };
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsConnector::from(Arc::new(config)))
+}
+
+/// The certificates in a PEM file: one at least.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let found =
+        CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    match found {
+        Ok(found) if found.is_empty() => Err("there is no certificate in it".into()),
+        Ok(found) => Ok(found),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// A socket, with or without TLS.
@@ -162,7 +193,8 @@ impl Connection {
         let lost = |why: &str| {
             Failure::broke(
                 format!("the connection to the server broke: {why}"),
-                "look at the server's log; a server that ends or restarts ends its connections",
+                "look at the server's log; one that ends or restarts ends its connections, and \
+                 one that asks for a certificate wants --tls-cert",
             )
         };
         self.buffer.clear();
@@ -294,12 +326,12 @@ mod tests {
     #[test]
     fn addresses_have_a_scheme_or_none() {
         for url in ["http://127.0.0.1:80", "127.0.0.1:80", "http://127.0.0.1:80/"] {
-            let target = Target::parse(url, None).unwrap();
+            let target = Target::parse(url, None, None).unwrap();
             assert_eq!((target.host.as_str(), target.tls.is_none()), ("127.0.0.1:80", true));
         }
         for bad in ["", "127.0.0.1", "ftp://127.0.0.1:80", "https://127.0.0.1:80", "http://:x"] {
-            assert!(Target::parse(bad, None).is_err(), "{bad}");
+            assert!(Target::parse(bad, None, None).is_err(), "{bad}");
         }
-        assert!(Target::parse("http://127.0.0.1:80", Some(Path::new("ca.pem"))).is_err());
+        assert!(Target::parse("http://127.0.0.1:80", Some(Path::new("ca.pem")), None).is_err());
     }
 }
