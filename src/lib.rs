@@ -88,6 +88,7 @@ mod wrap;
 
 pub use batch::{
     data_key::DataKey,
+    helpers::parallelism,
     result::{DataKeyBatch, DataKeyRef, Decrypted, DecryptedBatch, DecryptedRef},
 };
 pub use clients::{Client, ClientId, KeyPattern, Permission, Permissions};

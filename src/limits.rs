@@ -133,6 +133,19 @@ pub const SERVER_BATCH_BODY_LEN_DEFAULT: usize = 64 << 20;
 pub const SERVER_BYTES_HELD_MAX: u64 = 1 << 30;
 /// Data keys that a server works on at once unless its configuration says otherwise.
 pub const SERVER_KEYS_IN_PROGRESS_DEFAULT: u64 = 1 << 18;
+/// How long a client counts as one that others share with, since it last asked for keys.
+pub const SERVER_CLIENT_ACTIVE_TIME: Duration = Duration::from_secs(10);
+/// How long room is kept for a client whose batch was too large for its share: some times `Retry-After`.
+pub const SERVER_TURN_TIME: Duration = Duration::from_secs(3);
+/// Most seconds of keys that a client may owe under a limit of keys a second. A batch of more is refused: whoever waits
+/// longer for an answer has given up.
+pub const SERVER_DEBT_TIME: Duration = Duration::from_secs(60);
+/// Items of a batch that are refused and together count as one key.
+pub const SERVER_REFUSED_ITEMS_PER_KEY: u64 = 16;
+/// How often the log tells of a disabled client that still sends requests.
+pub const SERVER_DISABLED_TOLD_TIME: Duration = Duration::from_secs(60);
+/// Keys that a record of the audit log names as asked for and refused, at most.
+pub const AUDIT_KEYS_ASKED_MAX: usize = 16;
 /// Connections that a server holds at once unless its configuration says otherwise.
 pub const SERVER_CONNECTIONS_DEFAULT: usize = 4096;
 /// A body up to this size is worked on by a thread that serves connections, a longer one elsewhere.

@@ -15,9 +15,9 @@
 mod stock;
 
 use std::{
-    mem,
+    io, mem,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
@@ -34,7 +34,7 @@ use crossbeam::{
 use crate::{
     batch::{check_item_count, data_key::DataKey, result::DataKeyBatch},
     engine::Engine,
-    error::{Error, ErrorKind, Result},
+    error::{Error, Result},
     keys::{
         KeyHandle,
         handle::{Changes, KeyCell},
@@ -206,7 +206,16 @@ type Full = Magazine<DataKey>;
 struct Running {
     shared: Arc<Keys>,
     wake: Sender<()>,
-    thread: Option<JoinHandle<()>>,
+    woken: Receiver<()>,
+    /// Whether the system has given a thread. Without one every key is generated when it is taken.
+    has_thread: AtomicBool,
+    thread: Mutex<Thread>,
+}
+
+/// The thread of a pool, and when the system was last asked for it.
+struct Thread {
+    handle: Option<JoinHandle<()>>,
+    asked: Instant,
 }
 
 /// What the pool and its thread share.
@@ -229,14 +238,14 @@ impl KeyPool {
     ///
     /// # Errors
     /// `InvalidParameter` for lengths, a capacity, a low watermark or an age outside their limits, and for a handle of
-    /// another engine; `ServiceUnavailableTemporary` if there is no thread. The state of the KEK is looked at when keys
+    /// another engine. Without a thread every key is generated when it is taken. The state of the KEK is looked at when keys
     /// are made: see [`KeyPoolMetrics::last_error`].
     pub fn new(engine: &Engine, key: &KeyHandle, config: KeyPoolConfig) -> Result<Self> {
         let cell = Arc::clone(key.of_engine(engine.number())?);
         config.check()?;
         let maker = Maker { engine: engine.clone(), handle: key.clone(), cell, config };
         let home = os::generation();
-        let first = os::can_keep_state().then(|| Running::start(&maker)).transpose()?;
+        let first = os::can_keep_state().then(|| Running::start(&maker));
         Ok(Self { maker, first, home, later: PerProcess::empty() })
     }
 
@@ -322,7 +331,7 @@ impl KeyPool {
         }
         // Without a thread a child generates directly.
         let start = |_: Option<&Option<Running>>| match os::can_keep_state() {
-            true => Running::start(&self.maker).ok(),
+            true => Some(Running::start(&self.maker)),
             false => None,
         };
         self.later.get_or(start).as_ref().and_then(work)
@@ -367,7 +376,7 @@ impl Maker {
 
 impl Running {
     /// Starts the thread, which begins to fill the pool.
-    fn start(maker: &Maker) -> Result<Self> {
+    fn start(maker: &Maker) -> Self {
         let config = &maker.config;
         let shared = Arc::new(Keys {
             stock: Stock::new(
@@ -384,13 +393,37 @@ impl Running {
             last_error: ArcSwapOption::empty(),
         });
         let (wake, woken) = channel::bounded(1);
-        let mut refiller = Refiller::new(maker.clone(), Arc::clone(&shared), woken);
-        let thread =
-            thread::Builder::new().name("keymill-pool".into()).spawn(move || refiller.run());
-        let thread = thread.map_err(|error| {
-            Error::new(ErrorKind::Machine, format!("The system gave no thread: {error}."))
-        })?;
-        Ok(Self { shared, wake, thread: Some(thread) })
+        let thread = Mutex::new(Thread { handle: None, asked: Instant::now() });
+        let has_thread = AtomicBool::new(false);
+        let running = Self { shared, wake, woken, has_thread, thread };
+        if let Err(error) = running.spawn(maker, &mut running.thread()) {
+            log::warn!("a key pool has no thread and keeps no keys until it gets one: {error}");
+        }
+        running
+    }
+
+    fn thread(&self) -> MutexGuard<'_, Thread> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn spawn(&self, maker: &Maker, thread: &mut Thread) -> io::Result<()> {
+        thread.asked = Instant::now();
+        let mut refiller =
+            Refiller::new(maker.clone(), Arc::clone(&self.shared), self.woken.clone());
+        let run = move || refiller.run();
+        thread.handle = Some(thread::Builder::new().name("keymill-pool".into()).spawn(run)?);
+        self.has_thread.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Asks the system again for the thread that it did not give, now and then.
+    fn spawn_late(&self, maker: &Maker) {
+        // Whoever comes meanwhile need not wait.
+        let Ok(mut thread) = self.thread.try_lock() else { return };
+        let waited = thread.asked.elapsed() >= KEY_POOL_BACKOFF_MAX;
+        if thread.handle.is_none() && waited && self.spawn(maker, &mut thread).is_ok() {
+            log::info!("a key pool has its thread now");
+        }
     }
 
     #[inline(always)]
@@ -398,15 +431,18 @@ impl Running {
         let keys = &*self.shared;
         let taken = keys.stock.take(os::thread_number(), maker.cell.changes(), os::coarse_ms());
         if taken.ended {
-            self.look(taken.key.is_none());
+            self.look(taken.key.is_none(), maker);
         }
         taken.key
     }
 
     /// Wakes the thread if there are too few keys. `missed` tells that there was none at all.
     #[cold]
-    fn look(&self, missed: bool) {
+    fn look(&self, missed: bool, maker: &Maker) {
         let keys = &*self.shared;
+        if !self.has_thread.load(Ordering::Acquire) {
+            self.spawn_late(maker);
+        }
         if missed {
             keys.misses.fetch_add(1, Ordering::Relaxed);
         }
@@ -421,7 +457,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         // The thread ends when there is nobody to wake it.
         self.wake = channel::bounded(0).0;
-        if let Some(thread) = self.thread.take()
+        if let Some(thread) = self.thread().handle.take()
             && thread.join().is_err()
         {
             log::error!("the thread of a key pool panicked");

@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use super::helpers::{self, Helpers};
 use crate::limits::FAN_OUT_ITEMS_MIN;
 
 /// Where a batch's chunks run.
@@ -23,7 +24,7 @@ impl FanOut<'_> {
         }
         let threads = match self {
             Self::Caller => 1,
-            Self::Global => rayon::current_num_threads(),
+            Self::Global => helpers::thread_count(),
             Self::Own(pool) => pool.current_num_threads(),
         };
         threads.min(job_count).saturating_sub(1)
@@ -64,10 +65,17 @@ impl FanOut<'_> {
                 with_help(scope, parts.len(), &help);
                 drain(0, own);
             }),
-            Self::Global | Self::Caller => rayon::in_place_scope(|scope| {
-                with_help(scope, parts.len(), &help);
-                drain(0, own);
-            }),
+            Self::Global | Self::Caller => match helpers::pool() {
+                Helpers::Present => rayon::in_place_scope(|scope| {
+                    with_help(scope, parts.len(), &help);
+                    drain(0, own);
+                }),
+                Helpers::Own(pool) => pool.in_place_scope(|scope| {
+                    with_help(scope, parts.len(), &help);
+                    drain(0, own);
+                }),
+                Helpers::None => drain(0, own),
+            },
         }
     }
 }

@@ -4,6 +4,7 @@
 
 pub(crate) mod data_key;
 pub(crate) mod fan_out;
+pub(crate) mod helpers;
 mod lookup;
 mod name;
 pub(crate) mod open;

@@ -1,11 +1,13 @@
 //! A stream of data keys: windows in order, in bounded memory, while the next ones are being made.
 //!
-//! One thread makes windows and puts them into a short channel; whoever reads takes them out. Each window is a batch
+//! One thread makes windows and puts them into a short channel; whoever reads takes them out. Where the
+//! system gives no thread, the reader makes each window when it asks for it. Each window is a batch
 //! call of its own, which sees the key as it is then: one that is rotated, disabled or deleted meanwhile takes effect
 //! with the next window that is made.
 
 use std::{
     panic,
+    sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -32,9 +34,20 @@ use crate::{
 /// makes the windows, and waits for the one that is being made.
 #[must_use]
 pub struct DataKeyStream {
-    made: Option<(Receiver<Result<DataKeyBatch>>, JoinHandle<()>)>,
+    made: Option<Source>,
     home: Generation,
 }
+
+/// Where the windows come from.
+enum Source {
+    Thread(Receiver<Result<DataKeyBatch>>, JoinHandle<()>),
+    /// The reader's thread makes them, since the system gave none. A lock that is never taken: it lets the stream be
+    /// shared.
+    Reader(Mutex<Windows>),
+}
+
+/// Makes the next window, if there is one.
+type Windows = Box<dyn FnMut() -> Option<Result<DataKeyBatch>> + Send>;
 
 impl Engine {
     /// Generates `count` data keys of one length for one key, by any of the four operations, in windows of at most
@@ -58,7 +71,7 @@ impl Engine {
     ///
     /// # Errors
     /// `InvalidParameter` for a length outside its limits, `aads` that are fewer than `count`, a handle of another
-    /// engine; `ServiceUnavailableTemporary` if there is no thread. What a window meets comes with the window.
+    /// engine. What a window meets comes with the window.
     pub fn stream_data_keys(
         &self,
         key: &KeyHandle,
@@ -76,28 +89,20 @@ impl Engine {
         }
         let item_len = 2 * dek_len + IV_LEN + (BLOB_LEN_MAX - NUMBER_OF_BYTES_MAX);
         let window = (STREAM_WINDOW_BYTES / item_len).clamp(1, STREAM_WINDOW_ITEMS) as u64;
-        let (sender, made) = channel::bounded(STREAM_WINDOWS_AHEAD);
         let (engine, key) = (self.clone(), key.clone());
-        let make = move || {
-            let mut first = 0;
-            while first < count {
-                let len = window.min(count - first);
-                let batch = engine.make_window(&key, operation, number_of_bytes, first, len, &aads);
-                let failed = batch.is_err();
-                // Nobody is there any more.
-                if sender.send(batch).is_err() || failed {
-                    return;
-                }
-                first += len;
+        let mut first = 0;
+        let windows: Windows = Box::new(move || {
+            let len = window.min(count - first);
+            if len == 0 {
+                return None;
             }
-        };
+            let batch = engine.make_window(&key, operation, number_of_bytes, first, len, &aads);
+            first = if batch.is_ok() { first + len } else { count };
+            Some(batch)
+        });
         // Before there is a thread: a child must not take its windows for its own.
         let home = os::generation();
-        let thread = thread::Builder::new().name("keymill-stream".into()).spawn(make);
-        let thread = thread.map_err(|error| {
-            Error::new(ErrorKind::Machine, format!("The system gave no thread: {error}."))
-        })?;
-        Ok(DataKeyStream { made: Some((made, thread)), home })
+        Ok(DataKeyStream { made: Some(Source::start(windows)), home })
     }
 
     fn make_window(
@@ -115,6 +120,36 @@ impl Engine {
         let from = Shifted { first, aads };
         self.generate_data_keys_into(&mut batch, operation, key, number_of_bytes, len, from)?;
         Ok(batch)
+    }
+}
+
+impl Source {
+    /// Windows made ahead by a thread, or by the reader if there is none.
+    fn start(windows: Windows) -> Self {
+        let (sender, made) = channel::bounded(STREAM_WINDOWS_AHEAD);
+        // What a thread that cannot be made is given is lost, so it is left where both reach it.
+        let shared = Arc::new(Mutex::new(Some(windows)));
+        let given = Arc::clone(&shared);
+        let taken = |shared: &Mutex<Option<Windows>>| {
+            shared.lock().unwrap_or_else(PoisonError::into_inner).take()
+        };
+        let make = move || {
+            let Some(mut windows) = taken(&given) else { return };
+            while let Some(batch) = windows() {
+                let failed = batch.is_err();
+                // Nobody is there any more.
+                if sender.send(batch).is_err() || failed {
+                    return;
+                }
+            }
+        };
+        match thread::Builder::new().name("keymill-stream".into()).spawn(make) {
+            Ok(thread) => Self::Thread(made, thread),
+            Err(error) => {
+                log::warn!("a stream of data keys has no thread of its own: {error}");
+                Self::Reader(Mutex::new(taken(&shared).expect("no thread has taken it")))
+            }
+        }
     }
 }
 
@@ -150,7 +185,7 @@ impl Iterator for DataKeyStream {
     type Item = Result<DataKeyBatch>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let (made, _) = self.made.as_ref()?;
+        let made = self.made.as_mut()?;
         if os::generation() != self.home {
             // The thread does not exist here, and what it made is the parent's.
             self.abandon();
@@ -159,7 +194,10 @@ impl Iterator for DataKeyStream {
                 "The stream belongs to the process that this one was forked from.",
             )));
         }
-        let window = receive(made);
+        let window = match made {
+            Source::Thread(made, _) => receive(made),
+            Source::Reader(windows) => windows.get_mut().unwrap_or_else(PoisonError::into_inner)(),
+        };
         // A child that was forked meanwhile must not get what its parent gets.
         if os::generation() != self.home {
             return self.next();
@@ -184,7 +222,7 @@ impl DataKeyStream {
     /// # Errors
     /// Its panic, which a source of AADs can cause.
     fn end(&mut self) -> thread::Result<()> {
-        let Some((made, thread)) = self.made.take() else { return Ok(()) };
+        let Some(Source::Thread(made, thread)) = self.made.take() else { return Ok(()) };
         // First, so that the thread's next window finds nobody.
         drop(made);
         while !thread.is_finished() && help() {}

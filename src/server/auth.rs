@@ -5,16 +5,21 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use arc_swap::ArcSwap;
 use aws_lc_rs::signature::{ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256};
 
-use super::{head::Head, refusal::Refusal};
+use super::{admission::Account, head::Head, refusal::Refusal};
 use crate::{
     clients::{Client, ClientDirectory, ClientId},
     engine::Engine,
+    limits::SERVER_DISABLED_TOLD_TIME,
+    os,
 };
 
 /// The clients that may sign.
@@ -26,8 +31,12 @@ struct Known {
     signers: HashMap<ClientId, Arc<Signer>>,
 }
 
-struct Signer {
-    client: Arc<Client>,
+pub(super) struct Signer {
+    pub(super) client: Arc<Client>,
+    /// Kept as long as there is a client of this id.
+    pub(super) account: Arc<Account>,
+    /// When the log last told that it is disabled, and still asks; 0 for never.
+    told_ms: AtomicU64,
     /// `None` inside if the key of the store is none.
     key: OnceLock<Option<ParsedPublicKey>>,
 }
@@ -38,21 +47,27 @@ impl Signers {
         Self(ArcSwap::from_pointee(known))
     }
 
-    /// The client that has signed `head`. One that is disabled is as unknown as one that was never there.
-    pub(super) fn verify(&self, engine: &Engine, head: &Head) -> Result<Arc<Client>, Refusal> {
+    /// The client that `head` claims to be of. One that is disabled is as unknown as one that was never there, but
+    /// `disabled` is called for it.
+    pub(super) fn claimed(
+        &self,
+        engine: &Engine,
+        head: &Head,
+        disabled: impl FnOnce(),
+    ) -> Result<Arc<Signer>, Refusal> {
         let unknown = || Refusal::unknown_client(&head.client);
         let id = ClientId::parse(&head.client).ok_or_else(unknown)?;
         let signer = self.find(engine, &id).ok_or_else(unknown)?;
-        let key = signer.key().ok_or_else(Refusal::internal)?;
-        match key.verify_sig(&head.signed, &head.signature) {
-            Ok(()) => Ok(Arc::clone(&signer.client)),
-            Err(_) => Err(Refusal::signature()),
+        if engine.client_directory().active(&id).is_none() {
+            disabled();
+            signer.tell_disabled(head);
+            return Err(unknown());
         }
+        Ok(signer)
     }
 
     fn find(&self, engine: &Engine, id: &ClientId) -> Option<Arc<Signer>> {
         let directory = engine.client_directory();
-        directory.active(id)?;
         let known = self.0.load();
         if Arc::ptr_eq(&known.directory, &directory) {
             return known.signers.get(id).cloned();
@@ -68,8 +83,16 @@ impl Known {
     fn new(directory: Arc<ClientDirectory>, before: &HashMap<ClientId, Arc<Signer>>) -> Self {
         let signer = |client: &Arc<Client>| {
             let id = client.client_id;
-            let kept = before.get(&id).filter(|signer| signer.client == *client).cloned();
-            let new = || Arc::new(Signer { client: Arc::clone(client), key: OnceLock::new() });
+            let known = before.get(&id);
+            let kept = known.filter(|signer| signer.client == *client).cloned();
+            let new = || {
+                Arc::new(Signer {
+                    client: Arc::clone(client),
+                    account: known.map(|signer| Arc::clone(&signer.account)).unwrap_or_default(),
+                    told_ms: AtomicU64::new(0),
+                    key: OnceLock::new(),
+                })
+            };
             (id, kept.unwrap_or_else(new))
         };
         let signers = directory.iter().map(signer).collect();
@@ -78,6 +101,28 @@ impl Known {
 }
 
 impl Signer {
+    /// Whether the client has signed `head`.
+    pub(super) fn verify(&self, head: &Head) -> Result<(), Refusal> {
+        let key = self.key().ok_or_else(Refusal::internal)?;
+        key.verify_sig(&head.signed, &head.signature).map_err(|_| Refusal::signature())
+    }
+
+    /// Tells the log, now and then, that this disabled client still sends requests. Only of requests that it has signed:
+    /// others could send any number in its name.
+    fn tell_disabled(&self, head: &Head) {
+        let now = os::coarse_ms().max(1);
+        let told = self.told_ms.load(Ordering::Relaxed);
+        let pause = SERVER_DISABLED_TOLD_TIME.as_millis() as u64;
+        if told != 0 && now.saturating_sub(told) < pause || self.verify(head).is_err() {
+            return;
+        }
+        let (order, failed) = (Ordering::Relaxed, Ordering::Relaxed);
+        if self.told_ms.compare_exchange(told, now, order, failed).is_ok() {
+            let client = self.client.client_id;
+            tracing::warn!(%client, "a client that is disabled still sends requests");
+        }
+    }
+
     fn key(&self) -> Option<&ParsedPublicKey> {
         let parse = || {
             let key = ParsedPublicKey::new(&RSA_PKCS1_2048_8192_SHA256, &self.client.public_key);

@@ -3,7 +3,7 @@
 //! The response is written straight from the columns of the engine's result. Nothing is allocated per item but what the
 //! request's own texts need.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{
     api::generating,
@@ -11,7 +11,7 @@ use super::{
     metrics::OK,
     proto::DecryptRequest,
     refusal::Refusal,
-    work::{Done, Generate, Tally, decrypting, reading},
+    work::{Asks, Done, Generate, Tally, decrypting, is_key_name, reading},
 };
 use crate::{
     batch::result::{DataKeyBatch, DataKeyRef, DecryptedBatch, DecryptedRef},
@@ -19,6 +19,7 @@ use crate::{
     engine::Engine,
     error::Error,
     keys::{KeyId, KeyVersionId},
+    limits::AUDIT_KEYS_ASKED_MAX,
     request_id::RequestId,
 };
 
@@ -161,7 +162,7 @@ struct Response<'a, B, I> {
     advance: bool,
 }
 
-impl<B: Results, I> Response<'_, B, I> {
+impl<B: Results, I: Asks> Response<'_, B, I> {
     /// What became of each item, in order, with its index: the engine's result, or why the engine has not seen it.
     fn outcomes(&self) -> impl Iterator<Item = (usize, Result<B::Made<'_>, Refused<'_>>)> {
         let mut unseen = self.refused.iter().peekable();
@@ -186,7 +187,8 @@ impl<B: Results, I> Response<'_, B, I> {
         // Items of one key mostly follow each other.
         let mut run: Option<(KeyId, u64)> = None;
         let mut made_count = 0;
-        for (_, outcome) in self.outcomes() {
+        let mut asked = BTreeSet::new();
+        for (index, outcome) in self.outcomes() {
             match outcome {
                 Ok(made) => {
                     made_count += 1;
@@ -200,7 +202,16 @@ impl<B: Results, I> Response<'_, B, I> {
                         }
                     }
                 }
-                Err(refused) => *codes.entry(refused.code()).or_default() += 1,
+                Err(refused) => {
+                    *codes.entry(refused.code()).or_default() += 1;
+                    let name = self.items[index].0.asked();
+                    if asked.len() < AUDIT_KEYS_ASKED_MAX
+                        && let Some(name) = name.filter(|name| is_key_name(name))
+                        && !asked.contains(name)
+                    {
+                        asked.insert(name.to_owned());
+                    }
+                }
             }
         }
         if let Some((key, count)) = run {
@@ -209,11 +220,11 @@ impl<B: Results, I> Response<'_, B, I> {
         if made_count > 0 {
             codes.insert(OK, made_count);
         }
-        Tally { keys: keys.into_iter().collect(), codes: codes.into_iter().collect() }
+        Tally { keys: keys.into_iter().collect(), codes: codes.into_iter().collect(), asked }
     }
 }
 
-impl<B: Results, I> Fields for Response<'_, B, I> {
+impl<B: Results, I: Asks> Fields for Response<'_, B, I> {
     fn each<S: Sink>(&self, sink: &mut S) {
         for (index, outcome) in self.outcomes() {
             let mut text = RequestId::TEXT;

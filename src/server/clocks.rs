@@ -358,7 +358,7 @@ mod tests {
         }
 
         fn track(&self, bytes: impl Into<Bytes>, in_turns: bool) -> (Bytes, Unsent) {
-            self.clocks.track(bytes.into(), Admission::new(1, None).hold(), in_turns)
+            self.clocks.track(bytes.into(), Admission::new(1, None).hold(None), in_turns)
         }
 
         fn stalls_at(&mut self, seconds: u64) -> bool {

@@ -109,7 +109,8 @@ async fn answer(
     let in_progress = InProgress::begin(&clocks, is_http2);
     traffic.reading.store(false, Ordering::Relaxed);
     let (parts, mut body) = request.into_parts();
-    let response = service.answer_parts(parts, Pin::new(&mut body), *remote, &*clocks).await;
+    let (response, account) =
+        service.answer_parts(parts, Pin::new(&mut body), *remote, &*clocks).await;
     // What was read meanwhile belongs to this request.
     traffic.reading.store(false, Ordering::Relaxed);
     // A body without a length never tells its end over HTTP/1, but what was done has come whole.
@@ -122,7 +123,7 @@ async fn answer(
         }
     }
     let piece_len = if is_http2 { SERVER_ANSWER_PIECE_LEN } else { usize::MAX };
-    let held = service.admission.hold();
+    let held = service.admission.hold(account.as_ref());
     let response = response.map(|bytes| {
         let (rest, unsent) = clocks.track(bytes, held, is_http2);
         Answer { rest, piece_len, unsent }

@@ -12,7 +12,10 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
-use super::api::{ALL, Api};
+use super::{
+    api::{ALL, Api},
+    refusal::Limit,
+};
 use crate::engine::{DueTotals, Engine, StoreHealth};
 
 /// Upper bounds of the latency buckets, in seconds: from 10 microseconds, by 1, 2 and 5.
@@ -37,6 +40,8 @@ pub(super) struct Metrics {
     pub(super) connections_evicted: IntCounter,
     handshakes_failed: IntCounterVec,
     certificate_expiry: IntGauge,
+    throttled: IntCounterVec,
+    pub(super) disabled_clients: IntCounter,
     pub(super) audit_skipped: IntCounter,
     pub(super) panics: IntCounter,
     draining: IntGauge,
@@ -129,6 +134,11 @@ impl Metrics {
             "TLS handshakes that failed, by what was wrong",
             &["reason"],
         )?;
+        let throttled = counters(
+            "keymill_throttled_total",
+            "Requests answered 429, by the limit that was reached",
+            &["limit"],
+        )?;
         let wraps_left = IntGaugeVec::new(
             Opts::new(
                 "keymill_wraps_left",
@@ -157,6 +167,11 @@ impl Metrics {
             certificate_expiry: gauge(
                 "keymill_tls_certificate_expiry_seconds",
                 "Unix time at which the first certificate of the server's chain expires; 0 without TLS",
+            )?,
+            throttled,
+            disabled_clients: counter(
+                "keymill_disabled_client_requests_total",
+                "Requests in the name of clients that are disabled",
             )?,
             audit_skipped: counter(
                 "keymill_audit_skipped_total",
@@ -212,6 +227,11 @@ impl Metrics {
             OK => self.of_api[api.index()].items_done.inc_by(count),
             _ => self.items.with_label_values(&[name(Some(api)), code]).inc_by(count),
         }
+    }
+
+    /// Counts a request that was beyond a limit.
+    pub(super) fn count_throttled(&self, limit: Limit) {
+        self.throttled.with_label_values(&[limit.as_str()]).inc();
     }
 
     /// Counts a TLS handshake that failed, which is a connection that failed.

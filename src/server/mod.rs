@@ -45,8 +45,10 @@ mod observe;
 mod pem;
 mod places;
 pub mod proto;
+mod rate;
 mod refusal;
 mod service;
+mod threads;
 mod tls;
 mod traffic;
 mod work;
@@ -217,7 +219,7 @@ impl Server {
             tls.tell_expiry(&service.certificate_expiry);
         }
         let shared = Arc::new(Shared { service: Arc::clone(&service), tls, places, draining });
-        let workers = Workers::start(config.threads.get())?;
+        let workers = Workers::start(config.threads.get());
         let config = config.clone();
         Ok(Self { service, shared, listener, observer, workers, connections, config })
     }
@@ -271,7 +273,7 @@ impl Server {
                     let Some((stream, remote)) = newcomer.take() else { continue };
                     let shared = Arc::clone(&shared);
                     let serve = handshake::connection(shared, stream, remote, times, place);
-                    connections.spawn_on(serve, workers.next());
+                    connections.spawn_on(serve, &workers.next());
                 }
                 accepted = accept(&listener), if remote.is_none() => match accepted {
                     Ok(accepted) => newcomer = Some(accepted),
@@ -290,13 +292,14 @@ impl Server {
         if let Some(observing) = observing {
             observing.abort();
         }
+        let closing = Arc::clone(&service);
         let close = move || {
             workers.end();
-            service.write_down_due_work();
-            service.audit.close()
+            closing.write_down_due_work();
+            closing.audit.close()
         };
-        let lost = tokio::task::spawn_blocking(close).await;
-        in_time && lost.is_ok_and(|lost| lost == 0)
+        let lost = service.threads.run(close).await;
+        in_time && lost.is_some_and(|lost| lost == 0)
     }
 }
 

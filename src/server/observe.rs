@@ -68,7 +68,8 @@ async fn answer(service: Arc<Service>, request: &Request<Incoming>) -> Response<
         "/healthz" => plain(200, TEXT, Bytes::from_static(b"ok\n")),
         "/readyz" => {
             // The store may be slow to answer.
-            let ready = tokio::task::spawn_blocking(move || service.readiness()).await;
+            let asked = Arc::clone(&service);
+            let ready = service.threads.run(move || asked.readiness()).await;
             match ready.unwrap_or(Err("a panic was caught")) {
                 Ok(how) => plain(200, TEXT, Bytes::from(format!("{how}\n"))),
                 Err(why) => plain(503, TEXT, Bytes::from(format!("not ready: {why}\n"))),

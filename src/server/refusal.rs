@@ -18,11 +18,35 @@ pub(super) struct Refusal {
     pub(super) message: Cow<'static, str>,
     /// Of an engine's error.
     pub(super) request_id: Option<RequestId>,
+    /// Of 429: the limit, and when to come again, in seconds.
+    pub(super) throttled: Option<(Limit, u32)>,
+    /// The key that was asked for, as an id or an alias.
+    pub(super) asked: Option<String>,
+}
+
+/// What a client has had too much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Limit {
+    KeysInProgress,
+    KeysPerSecond,
+    Bytes,
+}
+
+impl Limit {
+    /// Its name in metrics.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::KeysInProgress => "keys_in_progress",
+            Self::KeysPerSecond => "keys_per_second",
+            Self::Bytes => "bytes_held",
+        }
+    }
 }
 
 impl Refusal {
     fn new(status: u16, code: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
-        Self { status, code, message: message.into(), request_id: None }
+        let message = message.into();
+        Self { status, code, message, request_id: None, throttled: None, asked: None }
     }
 
     pub(super) fn path(path: &str) -> Self {
@@ -126,8 +150,9 @@ impl Refusal {
         Self::new(408, "RequestTimeout", "The request body did not arrive in time.")
     }
 
-    pub(super) fn throttled() -> Self {
-        Self::new(429, "Rejected.Throttling", "QPS Limit Exceeded")
+    pub(super) fn throttled(limit: Limit, seconds: u32) -> Self {
+        let refusal = Self::new(429, "Rejected.Throttling", "QPS Limit Exceeded");
+        Self { throttled: Some((limit, seconds)), ..refusal }
     }
 
     pub(super) fn internal() -> Self {

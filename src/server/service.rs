@@ -27,19 +27,20 @@ use tokio::sync::watch;
 
 use super::{
     ServerConfig,
-    admission::{Admission, Held},
+    admission::{Account, Admission, Held},
     api::Api,
     audit::{self, Audit, Event, Record, Slot, Taboo},
-    auth::Signers,
+    auth::{Signer, Signers},
     body, encode,
     failures::Quota,
     head::{Claims, Head, MEDIA_TYPE, VERSION_HEADER, body_hash_refused},
     metrics::{Metrics, Now, OK},
     refusal::Refusal,
+    threads::Threads,
     work::{Done, Work},
 };
 use crate::{
-    clients::{Client, ClientId},
+    clients::ClientId,
     engine::{DueEvent, DueEventKind, Engine},
     error::{Error, ErrorKind},
     limits::{SERVER_BODY_LEN_MAX, SERVER_LIGHT_BODY_LEN_MAX},
@@ -54,6 +55,8 @@ pub struct Service {
     /// Requests that go on without their connections, until they are written down.
     elsewhere: watch::Sender<usize>,
     pub(super) admission: Admission,
+    /// For work that may wait.
+    pub(super) threads: Threads,
     pub(super) metrics: Metrics,
     pub(super) audit: Audit,
     /// Of the log, for what others can cause.
@@ -80,7 +83,7 @@ impl Watch for Unwatched {}
 /// An authenticated request.
 struct Call {
     head: Head,
-    client: Arc<Client>,
+    signer: Arc<Signer>,
     /// Its body.
     _held: Held,
 }
@@ -124,9 +127,15 @@ struct Facts {
     remote: SocketAddr,
     start: Instant,
     /// Whose request it was, once that is known.
-    client: Option<Arc<Client>>,
+    client: Option<Arc<Signer>>,
     /// The place of its record, once there is one.
     slot: Option<Slot>,
+}
+
+impl Facts {
+    fn account(&self) -> Option<Arc<Account>> {
+        self.client.as_ref().map(|signer| Arc::clone(&signer.account))
+    }
 }
 
 impl Service {
@@ -145,6 +154,7 @@ impl Service {
             batch_body_max: config.batch_body_max,
             elsewhere: watch::Sender::new(0),
             admission: Admission::new(config.keys_in_progress_max, config.keys_per_second),
+            threads: Threads::default(),
             metrics: Metrics::new(),
             audit,
             breaches: Quota::default(),
@@ -162,17 +172,18 @@ impl Service {
     {
         let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
         let (parts, body) = request.into_parts();
-        self.answer_parts(parts, pin!(body), nowhere, &Unwatched).await
+        self.answer_parts(parts, pin!(body), nowhere, &Unwatched).await.0
     }
 
-    /// Answers a request from `remote`. What is left of the body then was not on its way, or would take too long.
+    /// Answers a request from `remote`, and tells on whose account. What is left of the body then was not on its way,
+    /// or would take too long.
     pub(super) async fn answer_parts<B>(
         self: &Arc<Self>,
         parts: Parts,
         mut body: Pin<&mut B>,
         remote: SocketAddr,
         watcher: &impl Watch,
-    ) -> Response<Bytes>
+    ) -> (Response<Bytes>, Option<Arc<Account>>)
     where
         B: Body<Data = Bytes>,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -181,16 +192,21 @@ impl Service {
         let mut facts = Facts { client: None, slot: None, remote, start };
         let work = self.perform(&parts, body.as_mut(), watcher, &mut facts);
         let refused = match catch_panic(work).await {
-            Some(Ok(Progress::Done(done))) => return self.finish(&parts, facts, Ok(done)).await,
+            Some(Ok(Progress::Done(done))) => {
+                let account = facts.account();
+                return (self.finish(&parts, facts, Ok(done)).await, account);
+            }
             Some(Ok(Progress::Elsewhere(job))) => {
-                return self.finish_elsewhere(parts, facts, job).await;
+                let account = facts.account();
+                return (self.finish_elsewhere(parts, facts, job).await, account);
             }
             Some(Err(refusal)) => Err(refusal),
             None => self.panicked(),
         };
+        let account = facts.account();
         let response = self.finish(&parts, facts, refused).await;
         body::discard(&parts, body, self.batch_body_max.max(2 * SERVER_BODY_LEN_MAX)).await;
-        response
+        (response, account)
     }
 
     /// Does what a request asks for, or finds that this is for another thread. `facts` holds what is known of the
@@ -206,22 +222,25 @@ impl Service {
         B: Body<Data = Bytes>,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        // Before the signature, whose check is most of a request's cost.
         self.admission.look()?;
         let head = Head::read(parts, SystemTime::now(), self.batch_body_max)?;
-        let signer = self.signers.verify(&self.engine, &head)?;
+        let disabled = || self.metrics.disabled_clients.inc();
+        let signer = self.signers.claimed(&self.engine, &head, disabled)?;
+        // Before the signature, whose check is most of a request's cost.
+        self.admission.look_at(&signer.account)?;
+        signer.verify(&head)?;
         watcher.authenticated();
         facts.client = Some(Arc::clone(&signer));
         let api = head.api;
-        if !signer.permissions.contains(api.permission()) {
+        if !signer.client.permissions.contains(api.permission()) {
             return Err(Refusal::operation(api.as_str()));
         }
-        let mut held = self.admission.hold();
+        let mut held = self.admission.hold(Some(&signer.account));
         let body = body::read(body, api.body_max(self.batch_body_max), &mut held).await?;
         watcher.received();
         // Not before: whoever sends many bodies slowly would hold places that others need.
         facts.slot = Some(self.audit.reserve()?);
-        let call = Call { head, client: signer, _held: held };
+        let call = Call { head, signer, _held: held };
         if !api.is_batch() && body.len() <= SERVER_LIGHT_BODY_LEN_MAX {
             let work = call.decode(body)?;
             if work.is_at_hand(&self.engine) {
@@ -252,8 +271,8 @@ impl Service {
                 };
                 worker.run(&call, work)
             };
-            let result = tokio::task::spawn_blocking(run).await;
-            let result = result.unwrap_or_else(|_| service.panicked());
+            let result = service.threads.run(run).await;
+            let result = result.unwrap_or_else(|| service.panicked());
             service.finish(&parts, facts, result).await
         });
         match finished.await {
@@ -264,8 +283,13 @@ impl Service {
 
     /// Lets the work in and does it.
     fn run(&self, call: &Call, work: Work) -> Result<Done, Refusal> {
-        let _admitted = self.admission.take(work.keys())?;
-        work.run(&self.engine, &call.client, call.head.version.as_deref())
+        let Call { head, signer, .. } = call;
+        let done = self.admission.take(&signer.account, work.cost()).and_then(|admitted| {
+            let done = work.run(&self.engine, &signer.client, head.version.as_deref())?;
+            admitted.settle(done.tally.cost());
+            Ok(done)
+        });
+        done.map_err(|refusal| Refusal { asked: work.asked(), ..refusal })
     }
 
     /// A panic is a refusal: the next request finds everything as before, since the engine keeps its own state whole.
@@ -294,7 +318,7 @@ impl Service {
             Err(refusal) => refusal.request_id.unwrap_or_else(|| self.new_request_id()),
         };
         if !self.audit.is_off() {
-            let authenticated = client.as_ref().map(|client| client.client_id.as_str());
+            let authenticated = client.as_ref().map(|signer| signer.client.client_id.as_str());
             let record = |skipped| {
                 record(&claims, authenticated, remote, request_id, &result, start, skipped)
             };
@@ -327,7 +351,12 @@ impl Service {
                     }
                 }
             }
-            Err(refusal) => self.metrics.count(api, refusal.code, took),
+            Err(refusal) => {
+                self.metrics.count(api, refusal.code, took);
+                if let Some((limit, _)) = refusal.throttled {
+                    self.metrics.count_throttled(limit);
+                }
+            }
         }
     }
 
@@ -360,7 +389,8 @@ impl Service {
                         headers.insert(ALLOW, HeaderValue::from_static("POST"));
                     }
                     StatusCode::TOO_MANY_REQUESTS => {
-                        headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+                        let seconds = refusal.throttled.map_or(1, |(_, seconds)| seconds);
+                        headers.insert(RETRY_AFTER, seconds.into());
                     }
                     _ => {}
                 }
@@ -513,12 +543,16 @@ fn record(
     start: Instant,
     refusals_skipped: Option<u64>,
 ) -> Record {
-    let (status, codes, keys) = match result {
+    let (status, codes, keys, requested) = match result {
         Ok(done) => {
             let keys = done.tally.keys.iter().map(|(key, count)| (key.to_string(), *count));
-            (200, done.tally.codes.iter().copied().collect(), keys.collect())
+            let codes = done.tally.codes.iter().copied().collect();
+            (200, codes, keys.collect(), done.tally.asked.clone())
         }
-        Err(refusal) => (refusal.status, [(refusal.code, 1)].into(), Default::default()),
+        Err(refusal) => {
+            let requested = refusal.asked.iter().cloned().collect();
+            (refusal.status, [(refusal.code, 1)].into(), Default::default(), requested)
+        }
     };
     Record {
         time: audit::time_now(),
@@ -534,6 +568,7 @@ fn record(
         status,
         codes,
         keys,
+        requested,
         duration_us: u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX),
         refusals_skipped,
     }

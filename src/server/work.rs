@@ -3,6 +3,8 @@
 //! Parameters that the engine knows are checked by the engine; here are those of the wire alone: negative lengths,
 //! empty fields that mean absence, algorithms and padding modes by name.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use prost::{
     DecodeError, Message,
@@ -20,8 +22,8 @@ use crate::{
     batch::resolve::Reading,
     clients::Client,
     engine::Engine,
-    keys::{KeyId, KeyVersionId},
-    limits::{GENERATE_RANDOM_LEN_MAX, SERVER_BATCH_ITEMS_MAX},
+    keys::{Alias, KeyId, KeyVersionId},
+    limits::{GENERATE_RANDOM_LEN_MAX, SERVER_BATCH_ITEMS_MAX, SERVER_REFUSED_ITEMS_PER_KEY},
     request::{self, ALGORITHM},
     request_id::RequestId,
     secret::SecretBytes,
@@ -132,13 +134,24 @@ pub(super) struct Done {
 pub(super) struct Tally {
     pub(super) keys: Vec<(KeyId, u64)>,
     pub(super) codes: Vec<(&'static str, u64)>,
+    /// Some of the keys that refused items asked for.
+    pub(super) asked: BTreeSet<String>,
 }
 
 impl Tally {
     /// Of a single operation.
     fn one(version: Option<KeyVersionId>) -> Self {
         let keys = version.map(|version| (version.key_id(), 1)).into_iter().collect();
-        Self { keys, codes: vec![(super::metrics::OK, 1)] }
+        Self { keys, codes: vec![(super::metrics::OK, 1)], asked: BTreeSet::new() }
+    }
+
+    /// What it costs under the limits of keys.
+    pub(super) fn cost(&self) -> u64 {
+        let count = |ok| {
+            let of = self.codes.iter().filter(|(code, _)| (*code == super::metrics::OK) == ok);
+            of.map(|(_, count)| count).sum::<u64>()
+        };
+        cost(count(true), count(false))
     }
 }
 
@@ -175,13 +188,28 @@ impl Work {
         })
     }
 
-    /// Data keys, blobs or messages to be worked on.
-    pub(super) fn keys(&self) -> u64 {
+    /// Data keys, blobs or messages to be worked on. Items that are refused at a glance count as refused.
+    pub(super) fn cost(&self) -> u64 {
         match self {
-            Self::GenerateBatch { items, .. } => items.len() as u64,
-            Self::DecryptBatch { items, .. } => items.len() as u64,
+            Self::GenerateBatch { items, .. } => {
+                cost_of(items, |item| !item.key_id.is_empty() && item.number_of_bytes > 0)
+            }
+            Self::DecryptBatch { items, .. } => {
+                cost_of(items, |item| !item.ciphertext_blob.is_empty())
+            }
             _ => 1,
         }
+    }
+
+    /// The key that a single operation asks for.
+    pub(super) fn asked(&self) -> Option<String> {
+        let asked = match self {
+            Self::Generate { request, .. } => request.asked(),
+            Self::Encrypt { request, .. } => Some(&*request.key_id),
+            Self::Decrypt { request, .. } => request.asked(),
+            Self::Random { .. } | Self::GenerateBatch { .. } | Self::DecryptBatch { .. } => None,
+        };
+        asked.filter(|name| is_key_name(name)).map(str::to_owned)
     }
 
     /// Whether it needs no store and not much time, so that a thread that serves connections may do it.
@@ -202,26 +230,57 @@ impl Work {
 
     /// Does it, for `client`. `version` is that of the migration header.
     pub(super) fn run(
-        self,
+        &self,
         engine: &Engine,
         client: &Client,
         version: Option<&str>,
     ) -> Result<Done, Refusal> {
-        match self {
-            Self::Generate { advance, request } => generate(engine, client, advance, &request),
-            Self::Encrypt { advance, request } => encrypt(engine, client, advance, &request),
-            Self::Decrypt { advance, request } => {
-                decrypt(engine, client, advance, &request, version)
+        match *self {
+            Self::Generate { advance, ref request } => generate(engine, client, advance, request),
+            Self::Encrypt { advance, ref request } => encrypt(engine, client, advance, request),
+            Self::Decrypt { advance, ref request } => {
+                decrypt(engine, client, advance, request, version)
             }
             Self::Random { length } => random(engine, length),
-            Self::GenerateBatch { advance, items } => {
-                batch::generate(engine, client, advance, &items)
+            Self::GenerateBatch { advance, ref items } => {
+                batch::generate(engine, client, advance, items)
             }
-            Self::DecryptBatch { advance, items } => {
-                batch::decrypt(engine, client, advance, &items)
+            Self::DecryptBatch { advance, ref items } => {
+                batch::decrypt(engine, client, advance, items)
             }
         }
     }
+}
+
+/// Whose key an item asks for, if it says so.
+pub(super) trait Asks {
+    fn asked(&self) -> Option<&str>;
+}
+
+impl Asks for Generate {
+    fn asked(&self) -> Option<&str> {
+        self.key_id().ok()
+    }
+}
+
+impl Asks for DecryptRequest {
+    fn asked(&self) -> Option<&str> {
+        text(&self.key_id)
+    }
+}
+
+/// Whether this can be the name of a key: other texts of callers are not written down.
+pub(super) fn is_key_name(name: &str) -> bool {
+    KeyId::parse(name).is_some() || Alias::parse(name).is_ok()
+}
+
+fn cost(done: u64, refused: u64) -> u64 {
+    done + refused.div_ceil(SERVER_REFUSED_ITEMS_PER_KEY)
+}
+
+fn cost_of<I>(items: &[(I, String)], is_good: impl Fn(&I) -> bool) -> u64 {
+    let good = items.iter().filter(|(item, _)| is_good(item)).count() as u64;
+    cost(good, items.len() as u64 - good)
 }
 
 fn message<M: Message + Default>(body: Bytes) -> Result<M, Refusal> {

@@ -12,9 +12,6 @@ use std::{
 
 use tokio::{runtime, sync::oneshot};
 
-/// Threads of one runtime for work that may wait.
-const BLOCKING_THREADS_MAX: usize = 64;
-
 /// How long a thread waits for work elsewhere when it ends.
 const END_TIME: Duration = Duration::from_secs(1);
 
@@ -32,15 +29,29 @@ struct Worker {
 }
 
 impl Workers {
-    pub(super) fn start(count: usize) -> io::Result<Self> {
-        let workers = (0..count).map(|_| Worker::start()).collect::<io::Result<_>>()?;
-        Ok(Self { workers, next: AtomicUsize::new(0) })
+    /// As many as the system gives, `count` at most: a limit of processes makes a server slower, but does not end it.
+    pub(super) fn start(count: usize) -> Self {
+        let mut workers = Vec::new();
+        while workers.len() < count {
+            match Worker::start() {
+                Ok(worker) => workers.push(worker),
+                Err(error) => {
+                    let started = workers.len();
+                    tracing::warn!(%error, wanted = count, started, "fewer threads than asked for");
+                    break;
+                }
+            }
+        }
+        Self { workers, next: AtomicUsize::new(0) }
     }
 
-    /// The runtime of the thread whose turn it is.
-    pub(super) fn next(&self) -> &runtime::Handle {
+    /// The runtime of the thread whose turn it is; the caller's if there is no other thread.
+    pub(super) fn next(&self) -> runtime::Handle {
         let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        &self.workers[turn % self.workers.len()].runtime
+        match turn.checked_rem(self.workers.len()) {
+            Some(turn) => self.workers[turn].runtime.clone(),
+            None => runtime::Handle::current(),
+        }
     }
 
     /// Ends the threads. Blocks.
@@ -54,11 +65,7 @@ impl Workers {
 
 impl Worker {
     fn start() -> io::Result<Self> {
-        let runtime = runtime::Builder::new_current_thread()
-            .enable_all()
-            .max_blocking_threads(BLOCKING_THREADS_MAX)
-            .thread_name("keymill-work")
-            .build()?;
+        let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (alive, ended) = oneshot::channel();
         let run = move || {

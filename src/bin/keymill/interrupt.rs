@@ -10,8 +10,9 @@ use std::{
     path::PathBuf,
     process,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     thread,
     time::Duration,
@@ -30,6 +31,8 @@ use crate::failure::{Failure, Result, hint};
 const GRACE: Duration = Duration::from_millis(500);
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// The same, of a process that got no thread to wait for signals.
+static MARKED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 /// The unfinished files. Held while they are being renamed, so that the handler removes them before or never.
 static UNFINISHED: Mutex<Vec<Unfinished>> = Mutex::new(Vec::new());
 
@@ -56,13 +59,33 @@ pub(crate) fn install() -> Result<()> {
     };
     // Where a limit of a file's size is met, the write shall fail, and not end the process with the file left behind.
     flag::register(libc::SIGXFSZ, Arc::new(AtomicBool::new(false))).map_err(fail)?;
-    let mut signals = Signals::new(caught).map_err(fail)?;
+    let caught: Vec<_> = caught.collect();
+    // The thread first: once signals are caught, somebody has to wait for them.
+    let (sender, given) = mpsc::channel::<Signals>();
     let wait = move || {
-        if signals.forever().next().is_some() {
+        if let Ok(mut signals) = given.recv()
+            && signals.forever().next().is_some()
+        {
             interrupted();
         }
     };
-    thread::Builder::new().name("keymill-signals".into()).spawn(wait).map_err(fail)?;
+    let name = "keymill-signals".into();
+    if thread::Builder::new().name(name).spawn(wait).is_err() {
+        return mark(&caught).map_err(fail);
+    }
+    // The thread has not ended: it waits for this.
+    let _ = sender.send(Signals::new(&caught).map_err(fail)?);
+    Ok(())
+}
+
+/// Without a thread: the first signal is marked, which the run sees between two pieces of work, and the second one ends
+/// the process as if nobody had caught it.
+fn mark(signals: &[i32]) -> io::Result<()> {
+    let marked = MARKED.get_or_init(Arc::default);
+    for signal in signals {
+        flag::register_conditional_default(*signal, Arc::clone(marked))?;
+        flag::register(*signal, Arc::clone(marked))?;
+    }
     Ok(())
 }
 
@@ -92,7 +115,8 @@ fn interrupted() -> ! {
 
 /// Fails once a signal has come.
 pub(crate) fn check() -> Result<()> {
-    if INTERRUPTED.load(Ordering::Relaxed) {
+    let is_marked = || MARKED.get().is_some_and(|marked| marked.load(Ordering::Relaxed));
+    if INTERRUPTED.load(Ordering::Relaxed) || is_marked() {
         return Err(failure());
     }
     Ok(())

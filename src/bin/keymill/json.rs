@@ -61,7 +61,7 @@ impl JsonRows {
         // Slices are of one length, by the longest row: measuring every row would take as long as copying it.
         let len = (SLICE_LEN_MAX / rows.largest(len_max).max(1)).clamp(1, SLICE_ROWS_MAX);
         let slices = Slices { rows: rows.len(), len };
-        if slices.count() < PARALLEL_SLICES_MIN || rayon::current_num_threads() == 1 {
+        if slices.count() < PARALLEL_SLICES_MIN || keymill::parallelism() == 1 {
             return (0..slices.count()).try_for_each(|slice| {
                 fill(&mut self.buffers[0], rows, slices.get(slice));
                 self.output.write(&self.buffers[0])
@@ -75,7 +75,7 @@ impl JsonRows {
     fn write_in_parallel(&mut self, rows: &impl Window, slices: &Slices) -> Result<()> {
         let Self { output, buffers } = self;
         // For each thread one that is being filled, and one that waits to be written.
-        let wanted = (2 * rayon::current_num_threads()).min(BUFFERS_MAX);
+        let wanted = (2 * keymill::parallelism()).min(BUFFERS_MAX);
         if buffers.len() < wanted {
             buffers.resize_with(wanted, || new_buffer(SLICE_LEN_MAX));
         }

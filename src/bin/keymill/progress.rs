@@ -3,6 +3,7 @@
 use std::{
     fmt,
     io::{self, IsTerminal},
+    thread,
     time::Duration,
 };
 
@@ -44,7 +45,11 @@ pub(crate) fn bar(total: Total, output: &Output) -> ProgressBar {
         }));
     }
     // A first frame at once would flicker in the many runs that take a few milliseconds.
-    bar.enable_steady_tick(Duration::from_millis(200));
+    // The tick is a thread's, and indicatif panics if there is none. Without it the bar moves with the work.
+    let probe = thread::Builder::new().spawn(|| ());
+    if probe.is_ok_and(|probe| probe.join().is_ok()) {
+        bar.enable_steady_tick(Duration::from_millis(200));
+    }
     bar
 }
 

@@ -18,7 +18,7 @@ mod tests;
 mod writer;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
     sync::{
@@ -70,6 +70,9 @@ pub(super) struct Record {
     pub(super) codes: BTreeMap<&'static str, u64>,
     /// Items by the id of the key that was used.
     pub(super) keys: BTreeMap<String, u64>,
+    /// Some of the keys that were asked for and refused, as they were named.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub(super) requested: BTreeSet<String>,
     pub(super) duration_us: u64,
     /// Refusals before authentication that were not recorded since the last one that was.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -22,6 +22,7 @@ fn record(number: u64) -> Record {
         status: 200,
         codes: [("OK", 1)].into(),
         keys: [("key-a".into(), number)].into(),
+        requested: Default::default(),
         duration_us: 1,
         refusals_skipped: None,
     }

@@ -96,7 +96,7 @@ impl ArrowRows {
     }
 
     fn write_batch(&mut self, rows: &[Row<'_>]) -> Result<(), ArrowError> {
-        if rows.len() < PARALLEL_ROWS_MIN || rayon::current_num_threads() == 1 {
+        if rows.len() < PARALLEL_ROWS_MIN || keymill::parallelism() == 1 {
             self.columns.iter_mut().for_each(|column| column.fill(rows));
         } else {
             self.columns.par_iter_mut().with_max_len(1).for_each(|column| column.fill(rows));
