@@ -155,6 +155,7 @@ fn main() -> ExitCode {
 
 fn run(Cli { home, command }: Cli) -> Result<()> {
     // Resolved before the command: one that cannot find its home should say so before it reads anything.
+    #[cfg(feature = "bench")]
     let asked = home.clone();
     let home = || {
         let home = Home::resolve(home)?;

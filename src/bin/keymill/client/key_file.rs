@@ -21,10 +21,8 @@ use rcgen::{
 use serde::Serialize;
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::{
-    failure::{Failure, Result, hint},
-    passing::NewFile,
-};
+use super::new_file::NewFile;
+use crate::failure::{Failure, Result, hint};
 
 /// How long the certificate is valid. Nothing of ours asks for it.
 const VALIDITY: Duration = Duration::from_secs(5 * 365 * 86_400);

@@ -1,9 +1,10 @@
 //! `keymill client`: those who may use the server, from making their keys to deleting them.
 //!
-//! `key_file` makes the key and its file, `password` reads or makes the password that protects it, `show` prints
-//! clients.
+//! `key_file` makes the key and its file, `password` reads or makes the password that protects it, both by
+//! `new_file`; `show` prints clients.
 
 mod key_file;
+mod new_file;
 mod password;
 mod show;
 
@@ -17,11 +18,11 @@ use crate::{
     identity::Named,
     interrupt,
     output::DASH,
-    passing::NewFile,
     print,
     warnings::warn,
 };
 use key_file::KeyPair;
+use new_file::NewFile;
 use password::Password;
 
 #[derive(clap::Subcommand)]

@@ -12,10 +12,10 @@ use std::{
 use keymill::ErrorKind;
 use zeroize::Zeroizing;
 
+use super::new_file::NewFile;
 use crate::{
     failure::{Failure, Result, hint},
     input::Input,
-    passing::NewFile,
     warnings::warn,
 };
 
