@@ -190,7 +190,7 @@ pub const SERVER_DISCARD_TIME: Duration = Duration::from_secs(5);
 pub const SERVER_DISCARD_LATE_LEN_MAX: usize = 256 << 20;
 /// ... and the time for them. A client that still sends then had time to read its answer.
 pub const SERVER_DISCARD_LATE_TIME: Duration = Duration::from_secs(30);
-/// Time that a client of HTTP/1 whose connection ends has to end it, too, before what it still sends costs it the answer.
+/// Time without a byte after which a connection of HTTP/1 that lingers is closed, whether the client ended it or not.
 pub const SERVER_LINGER_TIME: Duration = Duration::from_secs(2);
 /// Failures of one kind that are logged each second; the rest is counted.
 pub const SERVER_FAILURES_LOGGED_PER_SECOND: u32 = 10;

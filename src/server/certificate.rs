@@ -53,8 +53,9 @@ pub(super) fn unusable(chain: &[CertificateDer<'_>]) -> Result<Option<String>, S
     Ok(small)
 }
 
-const V1: &str = "it is an X.509 certificate of version 1, which TLS libraries do not take; make one of version 3 \
-                  (`openssl req -x509` does, and `openssl x509 -req` with -extfile)";
+const V1: &str = "it is an X.509 certificate of version 1, which TLS libraries do not take; \
+                  make one of version 3 (`openssl req -x509` does, and `openssl x509 -req` with \
+                  -extfile)";
 
 /// A sentence for a CA that cannot be used.
 pub(super) fn unusable_ca(der: &CertificateDer<'_>) -> Option<String> {

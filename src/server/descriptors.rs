@@ -39,8 +39,8 @@ impl Connections {
             connections = fewer.clients,
             open_files_max = max,
             open_files_needed = needed,
-            "fewer connections than configured: the limit of open files (RLIMIT_NOFILE) is too low; raise it with \
-             LimitNOFILE=, --ulimit nofile= or `ulimit -Hn`"
+            "fewer connections than configured: the limit of open files (RLIMIT_NOFILE) is too \
+             low; raise it with LimitNOFILE=, --ulimit nofile= or `ulimit -Hn`"
         );
         fewer
     }

@@ -166,7 +166,7 @@ impl Metrics {
             handshakes_failed,
             certificate_expiry: gauge(
                 "keymill_tls_certificate_expiry_seconds",
-                "Unix time at which the first certificate of the server's chain expires; 0 without TLS",
+                "Unix time at which the first of the server's certificates expires; 0 without TLS",
             )?,
             throttled,
             disabled_clients: counter(

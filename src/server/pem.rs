@@ -35,8 +35,8 @@ pub(super) fn private_key(path: &Path) -> io::Result<PrivateKeyDer<'static>> {
         return Err(unusable(
             path,
             format!(
-                "the key is encrypted, and keymill asks for no passphrase; decrypt it with `openssl \
-                 pkey -in {} -out NEW`, which only the server's user may read",
+                "the key is encrypted, and keymill asks for no passphrase; decrypt it with \
+                 `openssl pkey -in {} -out NEW`, which only the server's user may read",
                 path.display()
             ),
         ));

@@ -145,8 +145,8 @@ impl Places {
         Some(Place(Seat { places: Arc::clone(self), number, signals }))
     }
 
-    /// Tells a connection to go, since file descriptors ran out, and counts with fewer from now on. Returns whether there
-    /// was one.
+    /// Tells a connection to go, since file descriptors ran out, and counts with fewer from now on. Returns whether
+    /// there was one.
     pub(super) fn make_room(&self) -> bool {
         let mut taken = self.taken();
         taken.max = taken.max.min(taken.all.len()).saturating_sub(1).max(1);

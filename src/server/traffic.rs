@@ -48,8 +48,8 @@ impl Traffic {
         self.has_read.load(Ordering::Relaxed)
     }
 
-    /// An answer goes out while its request still comes in: when the connection ends, what comes is read and thrown away
-    /// for a while, since at a closed socket it would take the answer from whoever sent it.
+    /// An answer goes out while its request still comes in: when the connection ends, what comes is read and thrown
+    /// away for a while, since at a closed socket it would take the answer from whoever sent it.
     pub(super) fn linger(&self) {
         self.lingers.store(true, Ordering::Relaxed);
     }

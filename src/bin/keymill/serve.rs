@@ -1,7 +1,7 @@
 //! `keymill serve`: the KMS's wire protocol on this home's key store, until a signal ends it.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::{self, Write},
     net::{IpAddr, SocketAddr},
     num::NonZeroUsize,
@@ -212,6 +212,7 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     let stale_max = Duration::from_secs(args.stale_seconds.into());
     let engine = home.open_with(Engine::builder().stale_max(stale_max))?;
     let tier = engine.tier();
+    find_descriptors(config.threads.get())?;
     // Accepts connections and signals; the server has threads of its own for the rest.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| {
@@ -355,6 +356,23 @@ fn not_started(error: &io::Error) -> Failure {
         _ => "check addresses and files; `--help` has an example",
     };
     Failure::broke(format!("cannot serve: {error}"), hint)
+}
+
+/// Refuses to start where not even the server's own descriptors can be opened: its runtimes would panic.
+fn find_descriptors(threads: usize) -> Result<()> {
+    const OTHERS: usize = 16;
+    const PER_THREAD: usize = 4;
+    let needed = OTHERS + PER_THREAD * threads;
+    let opened: io::Result<Vec<_>> = (0..needed).map(|_| File::open("/dev/null")).collect();
+    match opened {
+        // A container without devices is no reason.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::broke(
+            format!("cannot open the {needed} descriptors that the server itself needs: {error}"),
+            "raise the limit of open files (`ulimit -n`, LimitNOFILE=, --ulimit nofile=), or give \
+             fewer --threads",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// What runs, and within which limits, for whoever reads the log later.
