@@ -100,7 +100,9 @@ fn tables_of_tools_are_named_and_go_by_the_command_that_is_told() {
         ("ANALYZE", Some("ANALYZE")),
         (
             "CREATE TABLE a (b INTEGER PRIMARY KEY AUTOINCREMENT, c UNIQUE); \
-             CREATE INDEX d ON a (c); CREATE TRIGGER e AFTER INSERT ON keys BEGIN SELECT 1; END; CREATE VIEW f AS SELECT 1",
+             CREATE INDEX d ON a (c); \
+             CREATE TRIGGER e AFTER INSERT ON keys BEGIN SELECT 1; END; \
+             CREATE VIEW f AS SELECT 1",
             None,
         ),
     ] {
