@@ -129,8 +129,8 @@ pub(super) fn stale_journal(path: &Path) -> Option<Error> {
         return None;
     }
     let detail = format!(
-        "{} is the journal of another state or of another store, and SQLite would write it into {}. \
-         Run `keymill mend`, which moves it aside.",
+        "{} is the journal of another state or of another store, and SQLite would write it into \
+         {}. Run `keymill mend`, which moves it aside.",
         journal.display(),
         path.display()
     );

@@ -59,8 +59,8 @@ impl Us {
         (user != self.user && user != SUPERUSER).then(|| {
             let us = self.user;
             format!(
-                "belongs to user {user}, and this process runs as user {us}; run it as user {user}, \
-                 or give the file to the user that runs keymill by `chown`"
+                "belongs to user {user}, and this process runs as user {us}; run it as user \
+                 {user}, or give the file to the user that runs keymill by `chown`"
             )
         })
     }
@@ -89,14 +89,14 @@ impl Us {
         }
         if mode & OTHERS_WRITE != 0 {
             return Some(format!(
-                "has mode {mode:04o}, so everybody may write it; run `chmod o-w` on it, or keep the \
-                 store in a directory of its own"
+                "has mode {mode:04o}, so everybody may write it; run `chmod o-w` on it, or keep \
+                 the store in a directory of its own"
             ));
         }
         (mode & GROUP_WRITE != 0 && !self.groups.contains(&group)).then(|| {
             format!(
-                "has mode {mode:04o} and group {group}, so a group may write it that this process is \
-                 not in; run `chmod g-w` on it"
+                "has mode {mode:04o} and group {group}, so a group may write it that this process \
+                 is not in; run `chmod g-w` on it"
             )
         })
     }

@@ -1,7 +1,7 @@
 //! The SQLite file: its settings, its format, and what SQLite's errors mean to us.
 //!
-//! Says nothing about what is in the rows (`rows.rs`), about when connections exist and forks (`sqlite.rs`). Which tables
-//! there are, and that there is nothing else, is `tables.rs`.
+//! Says nothing about what is in the rows (`rows.rs`), about when connections exist and forks (`sqlite.rs`). Which
+//! tables there are, and that there is nothing else, is `tables.rs`.
 
 use std::{
     os::unix::ffi::OsStrExt,
@@ -82,8 +82,8 @@ impl Failure {
             }
             Some(Code::CannotOpen | Code::PermissionDenied) => (
                 ErrorKind::StoreUnavailable,
-                "The store cannot be opened; its file, what lies beside it and its directory have to \
-                 be writable.",
+                "The store cannot be opened; its file, what lies beside it and its directory have \
+                 to be writable.",
             ),
             Some(Code::OutOfMemory) => (ErrorKind::Machine, "SQLite is out of memory."),
             // Corruption as SQLite sees it, tables that are not ours, values of another type than we wrote.

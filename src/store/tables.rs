@@ -94,6 +94,8 @@ const TOOLS: [(&str, &str); 10] = [
 
 /// More of what is foreign is counted and not named.
 const NAMED_MAX: usize = 4;
+/// A command that removes more than this is none that anybody reads.
+const REMOVED_MAX: usize = 64;
 
 /// A row of the schema, read as whatever it is.
 struct Entry {
@@ -239,6 +241,9 @@ fn foreign_fault(foreign: &[&Entry], path: &Path) -> String {
 
 /// The command that removes what is foreign, if every name is a plain word.
 fn removal(foreign: &[&Entry], path: &Path) -> Option<String> {
+    if foreign.len() > REMOVED_MAX {
+        return None;
+    }
     let path = path.to_str().filter(|path| !path.chars().any(char::is_control))?;
     let is_virtual = |entry: &Entry| {
         entry.sql.as_deref().is_some_and(|sql| sql.trim_start().starts_with("CREATE VIRTUAL"))

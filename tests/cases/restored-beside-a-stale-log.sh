@@ -11,10 +11,11 @@ cd "$place"
 wrong() { echo "$1"; exit 1; }
 # A server that keeps the store open, so that its log stays, up to its ready line.
 serve() {
+    : >served
     "$program" --home h serve --listen 127.0.0.1:0 >served 2>&1 &
     server=$!
     for _ in $(seq 100); do
-        grep -qi listening served && return
+        grep -q http:// served && return
         kill -0 "$server" 2>/dev/null || wrong "the server ended: $(cat served)"
         sleep 0.1
     done

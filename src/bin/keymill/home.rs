@@ -15,7 +15,7 @@ use keymill::{
 };
 
 use crate::{
-    failure::{Failure, Result, say},
+    failure::{Failure, Result, Status, say},
     identity::{Named, Place},
     print, standard,
 };
@@ -135,7 +135,7 @@ impl Home {
     /// Refuses a home that is not there, or not whole.
     pub(crate) fn check_exists(&self) -> Result<()> {
         let store = self.store();
-        check_store_path(&store)?;
+        self.check_length()?;
         if !exists(&store)? {
             return Err(Failure::broke(
                 format!("there is no key store at {store:?}"),
@@ -147,6 +147,13 @@ impl Home {
             return Err(self.root_key_missing());
         }
         Ok(())
+    }
+
+    fn check_length(&self) -> Result<()> {
+        check_store_path(self.store()).map_err(|error| {
+            let hint = "choose a shorter place by --home DIR or KEYMILL_HOME";
+            Failure::new(Status::of(&error), error.to_string(), hint)
+        })
     }
 
     /// Makes an empty home.
@@ -211,7 +218,7 @@ impl Home {
     /// makes the home and the other finds it complete. Unlocks when dropped.
     fn lock(&self) -> Result<File> {
         // Before anything is made.
-        check_store_path(self.store())?;
+        self.check_length()?;
         let fail = |error: io::Error| Failure::file("cannot use directory", &self.dir, &error);
         let mut builder = DirBuilder::new();
         builder.recursive(true);

@@ -33,8 +33,8 @@ pub(crate) fn run(home: &Home, Args {}: &Args) -> Result<()> {
         print::text(&format!("Moved {:?} to {:?}.\n", file.from, file.to))?;
     }
     print::text(&format!(
-        "{:?} passes every check now. What was in the log alone is not in it; remove the moved files \
-         once you miss nothing.\n",
+        "{:?} passes every check now. What was in the log alone is not in it; remove the moved \
+         files once you miss nothing.\n",
         home.store()
     ))
 }

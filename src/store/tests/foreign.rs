@@ -1,5 +1,5 @@
-//! Whatever is in the file beside our tables, and whoever wrote it, is named and refused before SQLite is asked to check
-//! or to rewrite the file.
+//! Whatever is in the file beside our tables, and whoever wrote it, is named and refused before SQLite is asked to
+//! check or to rewrite the file.
 //!
 //! Planted through the schema itself, as somebody would who writes the file without SQLite's rules.
 
@@ -99,8 +99,10 @@ fn tables_of_tools_are_named_and_go_by_the_command_that_is_told() {
         ("CREATE TABLE keys__x (a); CREATE TABLE crsql_site_id (a)", Some("cr-sqlite")),
         ("ANALYZE", Some("ANALYZE")),
         (
-            "CREATE TABLE a (b INTEGER PRIMARY KEY AUTOINCREMENT, c UNIQUE); CREATE INDEX d ON a (c);\
-             CREATE TRIGGER e AFTER INSERT ON keys BEGIN SELECT 1; END; CREATE VIEW f AS SELECT 1",
+            "CREATE TABLE a (b INTEGER PRIMARY KEY AUTOINCREMENT, c UNIQUE); \
+             CREATE INDEX d ON a (c); \
+             CREATE TRIGGER e AFTER INSERT ON keys BEGIN SELECT 1; END; \
+             CREATE VIEW f AS SELECT 1",
             None,
         ),
     ] {
