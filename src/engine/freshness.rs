@@ -131,11 +131,6 @@ impl Engine {
         }
     }
 
-    /// How long this engine goes on without its store.
-    pub(crate) fn stale_max(&self) -> Duration {
-        self.shared().config.stale_max
-    }
-
     /// The slow way into an operation: lets it in if this process's part is there and what was read of the store is
     /// fresh enough, and the next ones at no cost as long as a thread watches over that.
     ///

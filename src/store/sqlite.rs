@@ -36,7 +36,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use super::{
     ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, client_rows,
-    identity::{FileId, Held, replaced},
+    identity::{FileId, Held, Wanted, replaced},
     image::load,
     meta::{Meta, StoredMeta, Verdict},
     place::{COMPANIONS, Draft, with_suffix},
@@ -71,15 +71,6 @@ struct Inner {
     /// Whether a key was deleted whose traces could not be erased yet.
     erasure_owed: AtomicBool,
     closed: AtomicBool,
-}
-
-/// Which file a piece of work may be done with.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Wanted {
-    /// The one that was accepted.
-    Accepted,
-    /// Also one that took its place, if it passes every check and the work, which reads everything.
-    AnyGood,
 }
 
 impl SqliteStore {
@@ -125,7 +116,7 @@ impl SqliteStore {
         watch_forks()?;
         let (keys, meta, file) = {
             let _gate = Gate::enter(&path)?;
-            let file = FileId::at(&path).map_err(|error| not_readable(&path, &error))?;
+            let file = FileId::at(&path)?;
             let (keys, meta) =
                 open_first(&path, root, tier).map_err(|failure| failure.explain(&path))?;
             (keys, meta, file)
@@ -260,7 +251,7 @@ impl Inner {
                 self.accepted.store(None);
             }
         })?;
-        let file = FileId::at(&self.path).map_err(|error| not_readable(&self.path, &error))?;
+        let file = FileId::at(&self.path)?;
         let known = self.accepts(file);
         if !known {
             self.accepted.store(None);
@@ -271,15 +262,19 @@ impl Inner {
         let open = Open::file(&self.path)?;
         open.check_format(&self.path)?;
         let stored = StoredMeta::read(&open.sqlite)?;
-        if stored.id != self.keys.id {
-            let detail = format!("{} is another store than before.", self.path.display());
-            return Err(Error::new(ErrorKind::StoreUnavailable, detail).into());
+        match stored.verdict(&self.keys) {
+            // Its id may be what was damaged.
+            Verdict::Damaged => return Err(corrupt("meta", "the store")),
+            _ if stored.id != self.keys.id => {
+                let detail = format!("{} is another store than before.", self.path.display());
+                return Err(Error::new(ErrorKind::StoreUnavailable, detail).into());
+            }
+            Verdict::WrongRootKey => {
+                let detail = format!("It is not that of {} as it is now.", self.path.display());
+                return Err(Error::new(ErrorKind::WrongRootKey, detail).into());
+            }
+            Verdict::Good => {}
         }
-        if stored.verdict(&self.keys) == Verdict::WrongRootKey {
-            let detail = format!("It is not that of {} as it is now.", self.path.display());
-            return Err(Error::new(ErrorKind::WrongRootKey, detail).into());
-        }
-        Meta::read(&open.sqlite, &self.keys)?;
         if !known {
             open.check_soundness()?;
         }
@@ -575,11 +570,6 @@ fn check_file(path: &Path) -> Result<()> {
         }
         Err(error) => Err(unavailable(&format!("cannot be read: {error}"))),
     }
-}
-
-fn not_readable(path: &Path, error: &io::Error) -> Error {
-    let detail = format!("{} cannot be read: {error}.", path.display());
-    Error::new(ErrorKind::StoreUnavailable, detail)
 }
 
 fn not_placed(path: &Path, error: &io::Error) -> Error {
