@@ -1,7 +1,8 @@
 //! A store whose file is taken away, replaced or put back under an engine that runs.
 //!
-//! Method: engines on files that are moved and copied by name, as a backup is restored. Nothing is granted by a file that
-//! the path does not lead to; what is there is used once it has passed every check; the right file makes all good again.
+//! Method: engines on files that are moved and copied by name, as a backup is restored. Nothing is granted by a file
+//! that the path does not lead to; what is there is used once it has passed every check; the right file makes all good
+//! again.
 
 use std::{
     fs,

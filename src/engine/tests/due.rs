@@ -1,6 +1,7 @@
 //! What an engine does by itself, and when it trusts its clock.
 //!
-//! Method: an engine without threads whose two clocks tests turn, together or apart; what its thread would do is called.
+//! Method: an engine without threads whose two clocks tests turn, together or apart; what its thread would do is
+//! called.
 
 use std::{
     sync::{
