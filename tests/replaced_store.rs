@@ -15,7 +15,8 @@ use keymill::{CreateKey, Engine, ErrorKind, GenerateDataKeyRequest, KeyPool, Key
 use keymill::{Operation, RootKey, Scheme};
 
 fn root_key(byte: u8) -> RootKey {
-    RootKey::from_bytes(&std::array::from_fn::<u8, 32, _>(|i| byte ^ (i as u8))).unwrap()
+    let bytes: Vec<u8> = (0..32).map(|i| byte ^ i).collect();
+    RootKey::from_bytes(&bytes).unwrap()
 }
 
 const REQUEST: GenerateDataKeyRequest<'static> = GenerateDataKeyRequest::new("alias/a", 32);
