@@ -237,9 +237,11 @@ fn what_another_engine_does_to_the_key_is_seen_through_the_handle() {
     until("the enabling", || make().is_ok());
     there.schedule_key_deletion("alias/a", 7).unwrap();
     until("the pending deletion", || refused(ErrorKind::PendingDeletion));
-    // An engine that lives eight days later executes the deletion.
+    // An engine that is told to, eight days later, executes the deletion.
     let later = SystemTime::now() + Duration::from_secs(8 * 86_400);
-    drop(Engine::builder().clock(move || later).open(&store, &root_key()).unwrap());
+    let engine = Engine::builder().clock(move || later).open(&store, &root_key()).unwrap();
+    assert_eq!(engine.run_due().unwrap().deleted.len(), 1);
+    drop(engine);
     until("the deletion", || refused(ErrorKind::KeyNotFound));
     assert_refused(&here, &key, ErrorKind::KeyNotFound);
     // A key that another engine made is found at once.

@@ -1,7 +1,8 @@
 //! A store whose file is taken away, replaced or put back under an engine that runs.
 //!
-//! Method: engines on files that are moved and copied by name, as a backup is restored. Nothing is granted by a file that
-//! the path does not lead to; what is there is used once it has passed every check; the right file makes all good again.
+//! Method: engines on files that are moved and copied by name, as a backup is restored. Nothing is granted by a file
+//! that the path does not lead to; what is there is used once it has passed every check; the right file makes all good
+//! again.
 
 use std::{
     fs,
@@ -14,7 +15,8 @@ use keymill::{CreateKey, Engine, ErrorKind, GenerateDataKeyRequest, KeyPool, Key
 use keymill::{Operation, RootKey, Scheme};
 
 fn root_key(byte: u8) -> RootKey {
-    RootKey::from_bytes(&std::array::from_fn::<u8, 32, _>(|i| byte ^ (i as u8))).unwrap()
+    let bytes: Vec<u8> = (0..32).map(|i| byte ^ i).collect();
+    RootKey::from_bytes(&bytes).unwrap()
 }
 
 const REQUEST: GenerateDataKeyRequest<'static> = GenerateDataKeyRequest::new("alias/a", 32);

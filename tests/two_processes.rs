@@ -405,6 +405,8 @@ fn each_process_sees_what_the_other_changes() {
     // An engine that lives eight days later executes the deletion.
     let later = SystemTime::now() + Duration::from_secs(8 * 86_400);
     let later = Engine::builder().clock(move || later).open(&store, &root_key()).unwrap();
+    // Opening deletes nothing.
+    assert_eq!(later.run_due().unwrap().deleted.len(), 1);
     assert_eq!(later.list_keys().unwrap().len(), 4);
     until("the deletion", || refused("alias/three", ErrorKind::KeyNotFound));
     until("the deletion", || there.ask("make alias/three") == "Forbidden.KeyNotFound");

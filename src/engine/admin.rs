@@ -234,8 +234,8 @@ impl Shared {
         Ok(found.metadata(self.now()))
     }
 
-    /// Gives a key a new primary version if `wanted` says so of what the store holds. Returns the version, and the record
-    /// as it was before.
+    /// Gives a key a new primary version if `wanted` says so of what the store holds. Returns the version, and the
+    /// record as it was before.
     ///
     /// # Errors
     /// As [`Engine::rotate_key`]; only if `wanted`.

@@ -2,8 +2,8 @@
 //!
 //! One looks for changes by other processes more often than once a second, and executes due rotations and deletions
 //! (`due.rs`) every minute. The other one keeps the time (`freshness.rs`), since the first may hang in a look. They
-//! belong to one process; a forked child starts its own. Where the system gives no threads, callers look themselves, and
-//! the threads are tried again.
+//! belong to one process; a forked child starts its own. Where the system gives no threads, callers look themselves,
+//! and the threads are tried again.
 
 use std::{
     io,

@@ -105,8 +105,8 @@ impl EngineBuilder {
         self
     }
 
-    /// How long the engine goes on with what it last read of a store in a file that cannot be read or does not answer: 60
-    /// seconds unless set. Then every operation on data keys is refused with `ServiceUnavailableTemporary` until the
+    /// How long the engine goes on with what it last read of a store in a file that cannot be read or does not answer:
+    /// 60 seconds unless set. Then every operation on data keys is refused with `ServiceUnavailableTemporary` until the
     /// store can be read again, since keys and clients may have been disabled meanwhile. A file that was replaced or
     /// removed is refused at once. Engines in memory never refuse.
     pub fn stale_max(mut self, time: Duration) -> Self {

@@ -43,10 +43,10 @@ impl Engine {
     /// transaction.
     ///
     /// Engines do so by themselves every minute, and rotations also when they open. A deletion cannot be undone and a
-    /// clock may be wrong, so by itself an engine deletes only after it has seen its clock agree with the system's steady
-    /// clock for 24 hours; until then it warns. Called by hand, this deletes at once, unless the date is in doubt: it is
-    /// overdue by more than 366 days, or within 7 days of the key's newest version. That is reported as failed, and
-    /// [`Engine::run_due_by_this_clock`] is what says that the clock is right.
+    /// clock may be wrong, so by itself an engine deletes only after it has seen its clock agree with the system's
+    /// steady clock for 24 hours; until then it warns. Called by hand, this deletes at once, unless the date is in
+    /// doubt: it is overdue by more than 366 days, or within 7 days of the key's newest version. That is reported as
+    /// failed, and [`Engine::run_due_by_this_clock`] is what says that the clock is right.
     ///
     /// # Errors
     /// The store's, if it could not be read. What failed for single keys is in the report.
@@ -55,8 +55,8 @@ impl Engine {
         self.shared().run_due(Trust::Asked)
     }
 
-    /// As [`Engine::run_due`], with every deletion whose date has passed, however much in doubt: for whoever has checked
-    /// the clock.
+    /// As [`Engine::run_due`], with every deletion whose date has passed, however much in doubt: for whoever has
+    /// checked the clock.
     ///
     /// # Errors
     /// As there.

@@ -1,10 +1,10 @@
 //! How long an engine goes on with what it last read of its store.
 //!
 //! Whoever disables a key or a client writes into the store, and every engine has to learn of it. So an engine whose
-//! looks at the store fail goes on for a while only ([`EngineBuilder::stale_max`](super::EngineBuilder::stale_max)), and
-//! then refuses every operation on data keys until a look succeeds. A look that does not end is one that failed: the
-//! thread that looks may hang in a system call, so another one keeps the time. A file that was replaced is refused at
-//! once: what was granted by it is void.
+//! looks at the store fail goes on for a while only ([`EngineBuilder::stale_max`](super::EngineBuilder::stale_max)),
+//! and then refuses every operation on data keys until a look succeeds. A look that does not end is one that failed:
+//! the thread that looks may hang in a system call, so another one keeps the time. A file that was replaced is refused
+//! at once: what was granted by it is void.
 //!
 //! Operations pay nothing for this. They compare `Shared::settled` at their entry anyhow; whoever finds that what was
 //! read is too old unsettles it, and then they come by the slow way ([`Engine::settle`]) and are refused there.
@@ -129,11 +129,6 @@ impl Engine {
             failing_since: trouble.as_ref().map(|trouble| trouble.since),
             failure: trouble.map(|trouble| trouble.error),
         }
-    }
-
-    /// How long this engine goes on without its store.
-    pub(crate) fn stale_max(&self) -> Duration {
-        self.shared().config.stale_max
     }
 
     /// The slow way into an operation: lets it in if this process's part is there and what was read of the store is

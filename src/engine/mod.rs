@@ -3,7 +3,8 @@
 //! `mod.rs` opens engines and keeps the ring fresh; `single`, `generate` (batches), `stream` and `decrypt` are the
 //! operations on data keys, `encrypt` those on the caller's own texts, `random` gives random bytes, `admin` has the
 //! operations on KEKs and aliases, `clients` those on clients of a server, `wraps` the leases of `Direct` versions,
-//! `background` the threads, `due`, `events` and `clocks` what an engine does by itself and when, `freshness` the bound on what goes on without the store, `outlook` what a server asks beside all that.
+//! `background` the threads, `due`, `events` and `clocks` what an engine does by itself and when, `freshness` the bound
+//! on what goes on without the store, `outlook` what a server asks beside all that.
 //!
 //! An operation whose name ends in `_as` is for a caller who may use some keys only (`keys::access`); the public one of
 //! that name is for whoever holds the engine.

@@ -1,6 +1,8 @@
 //! What a server asks of an engine beside its operations: whether a call would wait for the store, how far `Direct`
 //! versions are from their bound, and ids for requests that never become an operation.
 
+use std::time::Duration;
+
 use super::Engine;
 use crate::{
     error::Result,
@@ -29,6 +31,11 @@ impl Engine {
         let ring = self.shared().ring.load();
         name.is_none_or(|name| ring.resolve(name).is_some())
             && blob::head(blob).is_none_or(|id| ring.version_by_bytes(id).is_some())
+    }
+
+    /// How long this engine goes on without its store.
+    pub(crate) fn stale_max(&self) -> Duration {
+        self.shared().config.stale_max
     }
 
     /// The wraps left to the initial and to the primary version of each `Direct` key, as far as this engine knows, in

@@ -194,8 +194,8 @@ pub struct KeyMetadata {
     pub state: KeyState,
     /// How often it rotates by itself, if it does.
     pub rotation_period: Option<RotationPeriod>,
-    /// When it rotates next, if it does and its state allows it. Now, if its last rotation is dated more than a day ahead
-    /// of the engine's clock: such a date is wrong, and the key is due.
+    /// When it rotates next, if it does and its state allows it. Now, if its last rotation is dated more than a day
+    /// ahead of the engine's clock: such a date is wrong, and the key is due.
     pub next_rotation_date: Option<SystemTime>,
     /// Its versions, the initial one first, the primary one last.
     pub versions: Vec<KeyVersionMetadata>,

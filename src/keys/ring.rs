@@ -83,8 +83,8 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// Sets up what `stored` holds, as of `moment`. Versions that `before` has set up already are taken over, with their
-    /// leases and wrapping states, unless `before` is of another past of the store.
+    /// Sets up what `stored` holds, as of `moment`. Versions that `before` has set up already are taken over, with
+    /// their leases and wrapping states, unless `before` is of another past of the store.
     ///
     /// # Errors
     /// As [`Wrapper::new`], which means a store that holds what was never created.

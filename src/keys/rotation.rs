@@ -78,8 +78,9 @@ impl fmt::Display for RotationPeriod {
 }
 
 impl KeyRecord {
-    /// When the key rotates next, as of `now`. `None` without a period, or while the key's state suspends rotation. A last
-    /// rotation in the future was dated by a wrong clock, and would put the next one off for as long: it is due now.
+    /// When the key rotates next, as of `now`. `None` without a period, or while the key's state suspends rotation. A
+    /// last rotation in the future was dated by a wrong clock, and would put the next one off for as long: it is due
+    /// now.
     pub(crate) fn next_rotation(&self, now: UnixSeconds) -> Option<UnixSeconds> {
         let period = self.rotation?;
         (self.state == KeyState::Enabled).then(|| match self.is_of_the_future(now) {

@@ -21,6 +21,15 @@ pub(super) struct FileId {
     born: Option<SystemTime>,
 }
 
+/// Which file a piece of work may be done with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// The one that was accepted.
+    Accepted,
+    /// Also one that took its place, if it passes every check and the work, which reads everything.
+    AnyGood,
+}
+
 /// What lies at a path where a file was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Found {
@@ -34,14 +43,21 @@ impl FileId {
     /// The file that `path` leads to.
     ///
     /// # Errors
-    /// Those of the file system.
-    pub(super) fn at(path: &Path) -> io::Result<Self> {
+    /// `StoreUnavailable`.
+    pub(super) fn at(path: &Path) -> Result<Self, Error> {
+        Self::look(path).map_err(|error| {
+            let detail = format!("{} cannot be read: {error}.", path.display());
+            Error::new(ErrorKind::StoreUnavailable, detail)
+        })
+    }
+
+    fn look(path: &Path) -> io::Result<Self> {
         let metadata = fs::metadata(path)?;
         Ok(Self { device: metadata.dev(), inode: metadata.ino(), born: metadata.created().ok() })
     }
 
     fn found_at(self, path: &Path) -> Found {
-        match Self::at(path) {
+        match Self::look(path) {
             Ok(id) if id == self => Found::Same,
             Ok(_) => Found::Other,
             Err(error) => match error.kind() {
@@ -78,7 +94,7 @@ impl Held {
     /// Notes the log that SQLite has opened by now.
     pub(super) fn note_log(&mut self) {
         if self.log.is_none() {
-            self.log = FileId::at(&self.log_path).ok();
+            self.log = FileId::look(&self.log_path).ok();
         }
     }
 }

@@ -37,7 +37,7 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::{
     ClientChange, Grant, KeyChange, KeyStore, LeaseRequest, NewKey, StoreImage, checks,
     client_rows,
-    identity::{FileId, Held, replaced},
+    identity::{FileId, Held, Wanted, replaced},
     image::load,
     mend,
     meta::{Meta, StoredMeta, Verdict},
@@ -45,7 +45,7 @@ use super::{
     place::{COMPANIONS, Draft, with_suffix},
     root_key::RootKey,
     rows,
-    schema::{Failure, Gate, Open, Outcome, watch_forks},
+    schema::{Failure, Gate, Open, Outcome, corrupt, watch_forks},
     seal::{StoreId, StoreKeys},
 };
 use crate::{
@@ -74,15 +74,6 @@ struct Inner {
     /// Whether a key was deleted whose traces could not be erased yet.
     erasure_owed: AtomicBool,
     closed: AtomicBool,
-}
-
-/// Which file a piece of work may be done with.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Wanted {
-    /// The one that was accepted.
-    Accepted,
-    /// Also one that took its place, if it passes every check and the work, which reads everything.
-    AnyGood,
 }
 
 impl SqliteStore {
@@ -134,7 +125,7 @@ impl SqliteStore {
             if let Some(error) = mend::stale_journal(&path) {
                 return Err(error);
             }
-            let file = FileId::at(&path).map_err(|error| not_readable(&path, &error))?;
+            let file = FileId::at(&path)?;
             let (keys, meta) = mend::open_beside_log(&path, root, tier)
                 .map_err(|failure| mend::explain(&path, failure.explain(&path), root, tier))?;
             (keys, meta, file)
@@ -269,7 +260,7 @@ impl Inner {
                 self.accepted.store(None);
             }
         })?;
-        let file = FileId::at(&self.path).map_err(|error| not_readable(&self.path, &error))?;
+        let file = FileId::at(&self.path)?;
         let known = self.accepts(file);
         if !known {
             self.accepted.store(None);
@@ -284,15 +275,19 @@ impl Inner {
         open.check_format(&self.path)?;
         open.check_writable(&self.path)?;
         let stored = StoredMeta::read(&open.sqlite)?;
-        if stored.id != self.keys.id {
-            let detail = format!("{} is another store than before.", self.path.display());
-            return Err(Error::new(ErrorKind::StoreUnavailable, detail).into());
+        match stored.verdict(&self.keys) {
+            // Its id may be what was damaged.
+            Verdict::Damaged => return Err(corrupt("meta", "the store")),
+            _ if stored.id != self.keys.id => {
+                let detail = format!("{} is another store than before.", self.path.display());
+                return Err(Error::new(ErrorKind::StoreUnavailable, detail).into());
+            }
+            Verdict::WrongRootKey => {
+                let detail = format!("It is not that of {} as it is now.", self.path.display());
+                return Err(Error::new(ErrorKind::WrongRootKey, detail).into());
+            }
+            Verdict::Good => {}
         }
-        if stored.verdict(&self.keys) == Verdict::WrongRootKey {
-            let detail = format!("It is not that of {} as it is now.", self.path.display());
-            return Err(Error::new(ErrorKind::WrongRootKey, detail).into());
-        }
-        Meta::read(&open.sqlite, &self.keys)?;
         if !known {
             open.check_soundness()?;
         }
@@ -554,11 +549,6 @@ fn write_new(path: &Path, keys: &StoreKeys, rng: &Rng) -> Outcome<()> {
     open.make_tables(|sqlite| Meta::default().insert(sqlite, keys, rng))?;
     open.close_cleanly();
     Ok(())
-}
-
-fn not_readable(path: &Path, error: &io::Error) -> Error {
-    let detail = format!("{} cannot be read: {error}.", path.display());
-    Error::new(ErrorKind::StoreUnavailable, detail)
 }
 
 fn not_placed(path: &Path, error: &io::Error) -> Error {

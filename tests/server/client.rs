@@ -264,10 +264,15 @@ pub(crate) fn create_key(engine: &Engine, alias: &str, scheme: Scheme) -> String
 
 pub(crate) fn engine() -> (Engine, ClientId) {
     let engine = Engine::in_memory().unwrap();
-    create_key(&engine, "alias/derived", Scheme::Derived);
-    create_key(&engine, "alias/direct", Scheme::Direct);
-    let client = create_client(&engine, &SIGNER, "all", &["*"]);
+    let client = fill(&engine);
     (engine, client)
+}
+
+/// Makes the keys of the tests, and a client that may use them.
+pub(crate) fn fill(engine: &Engine) -> ClientId {
+    create_key(engine, "alias/derived", Scheme::Derived);
+    create_key(engine, "alias/direct", Scheme::Direct);
+    create_client(engine, &SIGNER, "all", &["*"])
 }
 
 impl Kms {

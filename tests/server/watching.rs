@@ -28,7 +28,7 @@ use tokio::{
 };
 
 use crate::{
-    client::{SIGNER, advance_generate, batch, create_client, generate},
+    client::{SIGNER, advance_generate, batch, create_client, fill, generate},
     running::{Http1, PATIENCE, Running},
 };
 
@@ -366,6 +366,34 @@ async fn an_end_without_an_audit_log_is_bounded_and_tells_of_lost_records() {
     // The first record may have been on disk before its file was removed.
     assert!(server.handle.audit_records_lost() >= lost);
     assert_eq!(in_order, server.handle.audit_records_lost() == 0);
+}
+
+/// Whoever was disabled in a store that is not there any more is served no longer either.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_taken_away_is_told_and_nothing_is_made_until_it_is_back() {
+    let home = tempfile::tempdir().unwrap();
+    let [store, away] = ["keys.db", "away.db"].map(|name| home.path().join(name));
+    let root_key: Vec<u8> = (100..132).collect();
+    let engine = Engine::create(&store, &RootKey::from_bytes(&root_key).unwrap()).unwrap();
+    let client = fill(&engine);
+    let server = Running::on(engine, client, |_| {}).await;
+    let asked = generate("alias/derived", 32);
+    assert_eq!(server.ask("GenerateDataKey", &asked).await.status, 200);
+    assert_eq!(server.metric("keymill_store_failing").await, 0.0);
+    fs::rename(&store, &away).unwrap();
+    server.wait_for("keymill_store_refusing", 1.0).await;
+    assert_eq!(server.metric("keymill_store_failing").await, 1.0);
+    let (status, text) = server.watch("/readyz").await;
+    assert!(status == 503 && text.contains("missing"), "{status} {text}");
+    assert_eq!(server.watch("/healthz").await.0, 200);
+    server.ask("GenerateDataKey", &asked).await.refused_with(503, "ServiceUnavailableTemporary");
+    let random = server.ask("GenerateRandom", &RANDOM).await;
+    random.refused_with(503, "ServiceUnavailableTemporary");
+    fs::rename(&away, &store).unwrap();
+    server.wait_for("keymill_store_failing", 0.0).await;
+    assert_eq!(server.ask("GenerateDataKey", &asked).await.status, 200);
+    assert_eq!(server.watch("/readyz").await, (200, "ready\n".into()));
+    server.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
