@@ -3,6 +3,10 @@
 use std::{
     convert::Infallible,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -17,7 +21,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     task::JoinSet,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::{
@@ -30,6 +34,8 @@ struct Slow {
     left: usize,
     told: bool,
     pause: bool,
+    /// Set once all of it was given away: a reset would have come before.
+    done: Arc<AtomicBool>,
 }
 
 impl Body for Slow {
@@ -47,6 +53,7 @@ impl Body for Slow {
         }
         let len = self.left.min(50_000);
         self.left -= len;
+        self.done.store(self.left == 0, Ordering::Relaxed);
         Poll::Ready((len > 0).then(|| Ok(Frame::data(Bytes::from(vec![0; len])))))
     }
 
@@ -72,7 +79,9 @@ async fn client(server: &Running) -> Sender {
 }
 
 async fn ask(sender: &mut Sender, draft: &Draft, len: usize, told: bool) -> Answer {
-    let mut request = Request::new(Slow { left: len, told, pause: false });
+    let done = Arc::new(AtomicBool::new(false));
+    let body = Slow { left: len, told, pause: false, done: Arc::clone(&done) };
+    let mut request = Request::new(body);
     *request.method_mut() = draft.method.clone();
     *request.uri_mut() = format!("http://127.0.0.1{}", draft.uri).parse().unwrap();
     *request.headers_mut() = draft.headers.clone();
@@ -84,7 +93,14 @@ async fn ask(sender: &mut Sender, draft: &Draft, len: usize, told: bool) -> Answ
     sender.ready().await.unwrap();
     let answer = timeout(PATIENCE, sender.send_request(request)).await.unwrap();
     let answer: Response<_> = answer.expect("the stream was reset");
-    Answer::of(whole(answer).await)
+    let answer = Answer::of(whole(answer).await);
+    let sent = async {
+        while !done.load(Ordering::Relaxed) {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, sent).await.expect("the rest of the body was not taken");
+    answer
 }
 
 #[tokio::test(flavor = "multi_thread")]
