@@ -367,7 +367,8 @@ mod tests {
     /// One of each kind: C0, DEL, C1, a mark of direction, an isolate, separators, and what has no width.
     #[test]
     fn nothing_that_is_not_printable_reaches_a_message() {
-        let bad = "\n\u{1b}\u{7f}\u{85}\u{9b}\u{202e}\u{2066}\u{2028}\u{2029}\u{200b}\u{200d}\u{feff}\u{ad}";
+        let bad = "\n\u{1b}\u{7f}\u{85}\u{9b}\u{202e}\u{2066}\u{2028}\u{2029}\u{200b}\u{200d}\
+                   \u{feff}\u{ad}";
         let good = "alias/grün 鍵 \"'";
         for char in bad.chars() {
             let text = format!("a{char}b");

@@ -9,6 +9,7 @@ use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{
@@ -165,6 +166,27 @@ fn a_log_that_nobody_reads_stops_no_request_and_no_end_and_tells_what_was_droppe
             drop(err);
         }
     }
+}
+
+/// Its other holder may have made it so; a line that finds no room now finds it later.
+#[test]
+fn a_standard_error_that_does_not_block_loses_no_line() {
+    const REQUESTS: usize = 4000;
+    let scratch = Scratch::new();
+    let (theirs, ours) = UnixStream::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    let mut command = scratch.serve("--log-level debug");
+    command.stderr(OwnedFd::from(theirs));
+    let mut server = Server::start(&mut command);
+    drop(command);
+    let ready = first_line_with("ready", server.0.stdout.take().unwrap());
+    ask(&address(&ready), REQUESTS);
+    let reader = thread::spawn(move || {
+        let lines = BufReader::new(ours).lines();
+        lines.filter(|line| line.as_ref().unwrap().contains("InvalidPath")).count()
+    });
+    server.end();
+    assert_eq!(reader.join().unwrap(), REQUESTS);
 }
 
 #[test]

@@ -168,8 +168,8 @@ impl Handle {
         self.0.draining.send_replace(true);
     }
 
-    /// Records of the audit log that were not written, once [`Server::run`] has returned: of requests that were ended in
-    /// the midst of their work, or since the log could not be written to the end.
+    /// Records of the audit log that were not written, once [`Server::run`] has returned: of requests that were ended
+    /// in the midst of their work, or since the log could not be written to the end.
     pub fn audit_records_lost(&self) -> u64 {
         self.0.service.audit.lost()
     }
@@ -246,8 +246,8 @@ impl Server {
     }
 
     /// Serves until [`Handle::drain`]; then waits for what is in progress, for the time that is configured at most.
-    /// Returns whether all of it ended in time and no record of the audit log was lost. The end takes a few seconds more
-    /// if the audit log cannot be written.
+    /// Returns whether all of it ended in time and no record of the audit log was lost. The end takes a few seconds
+    /// more if the audit log cannot be written.
     pub async fn run(self) -> bool {
         let Self { service, shared, listener, observer, workers, connections, config } = self;
         let observing = observer.map(|listener| {

@@ -91,7 +91,7 @@ pub(crate) fn say(message: impl Display) {
     to_stderr(&format!("keymill: {message}\n"));
 }
 
-/// Writes whole lines to standard error, or to the log of a server, which may wait for nobody. Whatever a message quotes
+/// Writes whole lines to standard error, or to the log of a server, which waits for nobody. Whatever a message quotes
 /// (arguments, variables, paths, what a file holds), the terminal gets no command from it.
 fn to_stderr(lines: &str) {
     let lines = &lines.split('\n').map(printable).collect::<Vec<_>>().join("\n");

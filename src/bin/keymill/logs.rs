@@ -3,8 +3,8 @@
 //! and the log says how much as soon as it is read again.
 //!
 //! Everything that goes to standard error takes this way while the server runs: events of `tracing`, panics, and what
-//! the program says itself. Not `tracing-appender`: it panics where it gets no thread, tells nobody what it dropped, and
-//! brings a library of calendars.
+//! the program says itself. Not `tracing-appender`: it panics where it gets no thread, tells nobody what it dropped,
+//! and brings a library of calendars.
 
 use std::{
     fs::File,

@@ -235,7 +235,7 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     if lost > 0 {
         return Err(Failure::broke(
             format!("{lost} records of the audit log are lost, of requests that were worked on"),
-            "the log says why; --drain-seconds gives requests longer, and the disk of the audit log \
+            "the log says why; --drain-seconds gives requests longer, and the audit log's disk \
              needs room",
         ));
     }

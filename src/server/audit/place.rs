@@ -209,8 +209,8 @@ impl Place {
         Err(refused("it is a socket, and neither standard output nor standard error"))
     }
 
-    /// A file in which a stranger could write what he likes is no audit log: it belongs to this user, to root, or to the
-    /// owner of its directory, and others cannot write it.
+    /// A file in which a stranger could write what he likes is no audit log: it belongs to this user, to root, or to
+    /// the owner of its directory, and others cannot write it.
     fn check_owner(&self, found: &Metadata) -> io::Result<()> {
         let directory = self.path.parent().map(fs::metadata).transpose()?;
         let of_directory = directory.map_or(found.uid(), |directory| directory.uid());

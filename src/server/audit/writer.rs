@@ -111,7 +111,8 @@ impl Writer {
             Line::Event(super::Event::new("End", "server")).write(&mut line);
             let ended = sink.append(&line).result.and_then(|()| sink.sync());
             if let Err(error) = ended {
-                tracing::warn!(path = ?self.config.path, %error, "the audit log does not tell of the end");
+                let path = &self.config.path;
+                tracing::warn!(?path, %error, "the audit log does not tell of the end");
             }
         }
     }
@@ -306,4 +307,5 @@ impl Writer {
 }
 
 /// Why a stream cannot be a log whose records are waited for.
-pub(super) const NO_SYNC: &str = "records cannot be brought to a disk there, which answers are to wait for; name a file, or do without sync";
+pub(super) const NO_SYNC: &str = "records cannot be brought to a disk there, which answers are to \
+                                  wait for; name a file, or do without sync";
