@@ -192,6 +192,12 @@ pub(crate) fn want_huge_pages(memory: &mut [MaybeUninit<u8>]) {
     let _ = memory;
 }
 
+/// The same unit for a time that is compared with [`coarse_ms`].
+#[cfg(feature = "server")]
+pub(crate) fn millis(time: std::time::Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Milliseconds of a monotonic clock with a resolution of a few milliseconds, cheap enough for every call.
 pub(crate) fn coarse_ms() -> u64 {
     #[cfg(target_os = "linux")]

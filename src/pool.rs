@@ -1,6 +1,7 @@
 //! Pre-generated data keys: a bounded queue for one KEK, one length and one AAD, refilled in the background.
 //!
-//! `stock` has the rules by which a key is handed out or dropped; this file has the pool, its thread, and its numbers.
+//! `stock` has the rules by which a key is handed out or dropped; `config` has what a
+//! pool is told; this file has the pool, its thread, and its numbers.
 //!
 //! What others got wrong here, and what this pool does instead (Hadoop KMS's `ValueQueue`): the first access does not
 //! wait until the queue is full (HDFS-11885), it generates directly; one bad key does not fail the pools of others
@@ -12,6 +13,7 @@
 //! What waits in a pool belongs to one process. A child abandons the queue and the thread that it inherited, and its
 //! first `take` starts a pool of its own. Where forks cannot be told no keys are kept: every `take` generates.
 
+mod config;
 mod stock;
 
 use std::{
@@ -39,98 +41,12 @@ use crate::{
         KeyHandle,
         handle::{Changes, KeyCell},
     },
-    limits::{
-        KEY_POOL_AGE_DEFAULT, KEY_POOL_BACKOFF_MAX, KEY_POOL_BATCH_ITEMS,
-        KEY_POOL_CAPACITY_DEFAULT, KEY_POOL_CAPACITY_MAX, KEY_POOL_MAGAZINE_ITEMS, KEY_POOL_TICK,
-    },
+    limits::{KEY_POOL_BACKOFF_MAX, KEY_POOL_BATCH_ITEMS, KEY_POOL_TICK},
     os::{self, Generation, PerProcess},
-    request::{Operation, aads::SameAad, check_aad, check_number_of_bytes},
+    request::aads::SameAad,
 };
+pub use config::KeyPoolConfig;
 use stock::{Magazine, Stock};
-
-/// What a [`KeyPool`] makes, and how much of it.
-#[derive(Clone, Debug)]
-#[must_use]
-pub struct KeyPoolConfig {
-    operation: Operation,
-    number_of_bytes: u32,
-    aad: Vec<u8>,
-    capacity: usize,
-    low_watermark: Option<usize>,
-    max_age: Duration,
-}
-
-impl KeyPoolConfig {
-    /// Keys of this length, made by this operation, without AAD: at most 1,024 of them, five minutes old at most.
-    pub fn new(operation: Operation, number_of_bytes: u32) -> Self {
-        Self {
-            operation,
-            number_of_bytes,
-            aad: Vec::new(),
-            capacity: KEY_POOL_CAPACITY_DEFAULT,
-            low_watermark: None,
-            max_age: KEY_POOL_AGE_DEFAULT,
-        }
-    }
-
-    /// The AAD of all keys, at most 8192 bytes.
-    pub fn aad(mut self, aad: &[u8]) -> Self {
-        self.aad = aad.to_vec();
-        self
-    }
-
-    /// Most keys that wait: 1 to 1,048,576. Each takes about 300 bytes.
-    pub fn capacity(mut self, keys: usize) -> Self {
-        self.capacity = keys;
-        self
-    }
-
-    /// The pool is refilled when fewer keys than this are left: three tenths of the capacity unless set.
-    pub fn low_watermark(mut self, keys: usize) -> Self {
-        self.low_watermark = Some(keys);
-        self
-    }
-
-    /// The age at which a key that nobody took is dropped, by a clock of a few milliseconds' resolution.
-    pub fn max_age(mut self, age: Duration) -> Self {
-        self.max_age = age;
-        self
-    }
-
-    fn watermark(&self) -> usize {
-        self.low_watermark.unwrap_or(self.capacity * 3 / 10).max(1)
-    }
-
-    /// Keys of a magazine: a thread takes so many before it looks into the queue again.
-    fn magazine(&self) -> usize {
-        (self.capacity / 32).clamp(1, KEY_POOL_MAGAZINE_ITEMS)
-    }
-
-    fn max_age_ms(&self) -> u64 {
-        // An age below a millisecond is one.
-        u64::try_from(self.max_age.as_millis()).unwrap_or(u64::MAX).max(1)
-    }
-
-    fn check(&self) -> Result<()> {
-        check_number_of_bytes(self.number_of_bytes)?;
-        check_aad(&self.aad)?;
-        let capacity = self.capacity;
-        if !(1..=KEY_POOL_CAPACITY_MAX).contains(&capacity) {
-            return Err(Error::invalid(format!(
-                "The pool's capacity {capacity} is outside 1 to {KEY_POOL_CAPACITY_MAX}."
-            )));
-        }
-        if let Some(low) = self.low_watermark.filter(|low| *low > capacity) {
-            return Err(Error::invalid(format!(
-                "The pool's low watermark {low} is above its capacity {capacity}."
-            )));
-        }
-        if self.max_age.is_zero() {
-            return Err(Error::invalid("The pool's maximum age is zero: no key could be taken."));
-        }
-        Ok(())
-    }
-}
 
 /// The numbers of a [`KeyPool`], since it was made (in a forked child: since the child's first use).
 #[derive(Clone, Debug, Default)]
@@ -238,8 +154,8 @@ impl KeyPool {
     ///
     /// # Errors
     /// `InvalidParameter` for lengths, a capacity, a low watermark or an age outside their limits, and for a handle of
-    /// another engine. Without a thread every key is generated when it is taken. The state of the KEK is looked at when keys
-    /// are made: see [`KeyPoolMetrics::last_error`].
+    /// another engine. Without a thread every key is generated when it is taken. The state of the KEK is looked at when
+    /// keys are made: see [`KeyPoolMetrics::last_error`].
     pub fn new(engine: &Engine, key: &KeyHandle, config: KeyPoolConfig) -> Result<Self> {
         let cell = Arc::clone(key.of_engine(engine.number())?);
         config.check()?;

@@ -1,5 +1,5 @@
-//! How much work is let in, and whose: keys in progress, keys a second, bytes of bodies and of unsent answers, and nothing
-//! once the server drains.
+//! How much work is let in, and whose: keys in progress, keys a second, bytes of bodies and of unsent answers, and
+//! nothing once the server drains.
 //!
 //! Each client has an account. A client that is alone may use everything. As soon as another one asks, each of those
 //! that were there lately is sure of its share, whatever the others hold or owe; what is free beyond that goes to
@@ -57,7 +57,7 @@ pub(super) struct Account {
 
 impl Account {
     fn is_active(&self, now_ms: u64) -> bool {
-        let active_ms = SERVER_CLIENT_ACTIVE_TIME.as_millis() as u64;
+        let active_ms = os::millis(SERVER_CLIENT_ACTIVE_TIME);
         self.keys.load(Ordering::Relaxed) > 0
             || self.bytes.load(Ordering::Relaxed) > 0
             || now_ms.saturating_sub(self.asked_ms.load(Ordering::Relaxed)) < active_ms
@@ -250,7 +250,7 @@ impl Admission {
             return true;
         }
         let mut turn = lock(&self.turn);
-        let turn_ms = SERVER_TURN_TIME.as_millis() as u64;
+        let turn_ms = os::millis(SERVER_TURN_TIME);
         let is_mine = |turn: &Turn| std::ptr::eq(turn.account.as_ptr(), Arc::as_ptr(account));
         turn.take_if(|turn| {
             is_mine(turn)

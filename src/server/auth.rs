@@ -107,12 +107,12 @@ impl Signer {
         key.verify_sig(&head.signed, &head.signature).map_err(|_| Refusal::signature())
     }
 
-    /// Tells the log, now and then, that this disabled client still sends requests. Only of requests that it has signed:
-    /// others could send any number in its name.
+    /// Tells the log, now and then, that this disabled client still sends requests. Only of requests that it has
+    /// signed: others could send any number in its name.
     fn tell_disabled(&self, head: &Head) {
         let now = os::coarse_ms().max(1);
         let told = self.told_ms.load(Ordering::Relaxed);
-        let pause = SERVER_DISABLED_TOLD_TIME.as_millis() as u64;
+        let pause = os::millis(SERVER_DISABLED_TOLD_TIME);
         if told != 0 && now.saturating_sub(told) < pause || self.verify(head).is_err() {
             return;
         }

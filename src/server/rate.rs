@@ -5,8 +5,8 @@
 //! takes from it, and the first holds what others leave over.
 //!
 //! A bucket may be overdrawn: a batch passes while there is anything in the bucket, and what comes after it waits until
-//! the debt is paid. So a batch that is larger than the rate is slowed down, not shut out; one that would take more than
-//! [`SERVER_DEBT_TIME`] to pay is refused for good.
+//! the debt is paid. So a batch that is larger than the rate is slowed down, not shut out; one that would take more
+//! than [`SERVER_DEBT_TIME`] to pay is refused for good.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -64,7 +64,8 @@ impl Rate {
             return Ok(());
         }
         Err(Refusal::parameter(format_args!(
-            "The batch has {keys} items; this server makes {} keys a second and takes batches of {max} items at most.",
+            "The batch has {keys} items; this server makes {} keys a second and takes batches of \
+             {max} items at most.",
             self.per_second
         )))
     }

@@ -319,7 +319,9 @@ async fn beyond_the_rate_is_429_with_a_time_to_wait() {
     for _ in 0..3 {
         let answer = server.ask("GenerateDataKey", &generate("alias/derived", 32)).await;
         answer.refused(429, "Rejected.Throttling", "QPS Limit Exceeded");
-        assert_eq!(answer.headers["retry-after"], "1");
+        // 500 keys at 10 a second, of which the first second's were saved.
+        let seconds = answer.headers["retry-after"].to_str().unwrap().parse::<u32>().unwrap();
+        assert!((1..=49).contains(&seconds), "{seconds}");
     }
     server.end().await;
 }
