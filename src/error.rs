@@ -311,8 +311,10 @@ impl From<&Error> for Error {
 /// A caller's string in which everything that is not printable is escaped: control characters (C0 and C1), marks that
 /// turn the direction of text around, separators of lines, and what has no width. So it commands no terminal and looks
 /// like nothing that it is not. `Debug` of a string escapes the same, and quotes besides.
+#[cfg(any(feature = "server", test))]
 pub(crate) struct Printable<'a>(pub(crate) &'a str);
 
+#[cfg(any(feature = "server", test))]
 impl fmt::Display for Printable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for char in self.0.chars() {

@@ -306,6 +306,7 @@ impl Engine {
     }
 
     /// The same of what needs nothing that was read of the store.
+    #[cfg(any(feature = "server", test))]
     fn in_this_process<T>(&self, operation: impl Fn(&Shared) -> Result<T>) -> Result<T> {
         loop {
             let generation = os::generation();
