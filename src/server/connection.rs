@@ -249,7 +249,7 @@ fn failed(
         return tracing::debug!(%remote, error = %causes, "a client went before its answer");
     }
     service.metrics.connections_failed.inc();
-    if let Some(not_logged) = service.breaches.take() {
+    if let Some(not_logged) = service.breaches.take("breach") {
         tracing::info!(%remote, error = %causes, not_logged, "a connection failed");
     }
 }

@@ -1,6 +1,7 @@
 //! Connections that fail: which failures are none, what caused the others, and how many of them the log is told.
 
 use std::{
+    collections::BTreeMap,
     error::Error,
     fmt, io,
     sync::{Mutex, PoisonError},
@@ -55,9 +56,9 @@ pub(super) fn is_peer_gone(error: &(dyn Error + 'static)) -> bool {
     })
 }
 
-/// Lets so many events of a kind through each second, and counts the others.
+/// Lets so many events of each kind through each second, and counts the others: a flood of one kind hides no other.
 #[derive(Debug, Default)]
-pub(super) struct Quota(Mutex<Second>);
+pub(super) struct Quota(Mutex<BTreeMap<&'static str, Second>>);
 
 #[derive(Debug, Default)]
 struct Second {
@@ -66,16 +67,24 @@ struct Second {
     skipped: u64,
 }
 
+impl Second {
+    fn is_over(&self, now: Instant) -> bool {
+        self.began
+            .is_none_or(|began| now.saturating_duration_since(began) >= Duration::from_secs(1))
+    }
+}
+
 impl Quota {
-    /// Whether this event may be logged, and how many were not since the last one that was.
-    pub(super) fn take(&self) -> Option<u64> {
-        self.take_at(Instant::now())
+    /// Whether this event may be logged, and how many of its kind were not since the last one that was. `kind` is one
+    /// of ours, of which there are few.
+    pub(super) fn take(&self, kind: &'static str) -> Option<u64> {
+        self.take_at(kind, Instant::now())
     }
 
-    fn take_at(&self, now: Instant) -> Option<u64> {
-        let mut second = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_over = |began| now.saturating_duration_since(began) >= Duration::from_secs(1);
-        if second.began.is_none_or(is_over) {
+    fn take_at(&self, kind: &'static str, now: Instant) -> Option<u64> {
+        let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let second = kinds.entry(kind).or_default();
+        if second.is_over(now) {
             (second.began, second.count) = (Some(now), 0);
         }
         if second.count >= SERVER_FAILURES_LOGGED_PER_SECOND {
@@ -92,10 +101,10 @@ impl Quota {
     }
 
     fn rest_at(&self, now: Instant) -> Option<u64> {
-        let mut second = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let began = second.began?;
-        let is_over = now.saturating_duration_since(began) >= Duration::from_secs(1);
-        (is_over && second.skipped > 0).then(|| std::mem::take(&mut second.skipped))
+        let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let over = kinds.values_mut().filter(|second| second.is_over(now));
+        let skipped = over.map(|second| std::mem::take(&mut second.skipped)).sum();
+        (skipped > 0).then_some(skipped)
     }
 }
 
@@ -108,13 +117,14 @@ mod tests {
         let quota = Quota::default();
         let start = Instant::now();
         let max = SERVER_FAILURES_LOGGED_PER_SECOND;
-        let logged = (0..max + 7).filter(|_| quota.take_at(start).is_some()).count();
+        let logged = (0..max + 7).filter(|_| quota.take_at("a", start).is_some()).count();
         assert_eq!(logged, max as usize);
         assert_eq!(quota.rest_at(start), None);
+        assert_eq!(quota.take_at("b", start), Some(0), "another kind is told all the same");
         let later = start + Duration::from_secs(1);
-        assert_eq!(quota.take_at(later), Some(7));
+        assert_eq!(quota.take_at("a", later), Some(7));
         assert_eq!(quota.rest_at(later), None);
-        assert_eq!((0..max).filter_map(|_| quota.take_at(later)).sum::<u64>(), 0);
+        assert_eq!((0..max).filter_map(|_| quota.take_at("a", later)).sum::<u64>(), 0);
         assert_eq!(quota.rest_at(later + Duration::from_secs(1)), Some(1));
     }
 

@@ -75,7 +75,7 @@ fn failed(service: &Service, traffic: &Traffic, remote: SocketAddr, error: &io::
         return tracing::debug!(%remote, error = %Causes(error), "{sentence}");
     }
     service.metrics.count_handshake(reason);
-    if let Some(not_logged) = service.handshakes.take() {
+    if let Some(not_logged) = service.handshakes.take(reason) {
         let error = Causes(error);
         tracing::info!(%remote, %error, not_logged, "a TLS handshake failed: {sentence}");
     }

@@ -335,7 +335,7 @@ impl Shared {
             return;
         }
         let made_room = self.places.make_room();
-        if let Some(not_logged) = self.service.not_accepted.take() {
+        if let Some(not_logged) = self.service.not_accepted.take("accept") {
             tracing::warn!(%error, made_room, not_logged, "a connection cannot be accepted");
         }
         // Whoever made room is gone in a moment.

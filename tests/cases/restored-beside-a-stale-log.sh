@@ -1,7 +1,6 @@
 #!/bin/bash
 # Class: a backup put back over keys.db while the log of a later state still lies beside it. It is told from damage, the
 # command that is named mends it, nothing is deleted, and nobody mends a store that is in use.
-# needs: nothing
 set -euo pipefail
 program=$(realpath "$1")
 place=$(mktemp -d)

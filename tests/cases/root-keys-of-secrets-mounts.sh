@@ -1,7 +1,7 @@
 #!/bin/bash
 # Class: root keys as secrets mounts hand them out: owned by root, readable by a group or by an ACL, in a place that the
 # service cannot change. They are taken; a key of a stranger, or one that everybody may read, is not.
-# needs: setpriv, root
+# needs: setpriv
 set -euo pipefail
 program=$(realpath "$1")
 [ "$(id -u)" = 0 ] || { echo "this needs root"; exit 77; }

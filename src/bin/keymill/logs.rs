@@ -28,7 +28,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use crate::failure::{Failure, Result};
+use crate::standard;
 
 /// Lines that wait. A line has some hundred bytes.
 const LINES_MAX: usize = 8192;
@@ -71,13 +71,8 @@ pub(crate) struct Logs {
 
 impl Logs {
     /// Sends events of this program, warnings of others, and panics to standard error from here on.
-    pub(crate) fn start(&self) -> Result<()> {
-        start_thread().map_err(|error| {
-            Failure::broke(
-                format!("cannot start the log: {error}"),
-                "check the limits of this machine: threads and file descriptors",
-            )
-        })?;
+    pub(crate) fn start(&self) {
+        let no_thread = start_thread().err();
         let others = self.level.min(LevelFilter::WARN);
         let targets = Targets::new().with_target("keymill", self.level).with_default(others);
         let colours = io::stderr().is_terminal();
@@ -93,7 +88,9 @@ impl Logs {
             let why = why.unwrap_or("(no text)");
             tracing::error!(place, why, "panicked");
         }));
-        Ok(())
+        if let Some(error) = no_thread {
+            tracing::warn!(%error, "the log has no thread; what standard error does not take at once is dropped");
+        }
     }
 }
 
@@ -167,14 +164,30 @@ struct ToQueue;
 
 impl Write for ToQueue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if let Some(queue) = QUEUE.get() {
-            queue.push(line);
+        match QUEUE.get() {
+            Some(queue) => queue.push(line),
+            None => tell_at_once(line),
         }
         Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// Writes a line where there is no thread that could wait for a reader: so nobody does, and what is dropped is counted.
+fn tell_at_once(line: &[u8]) {
+    static DROPPED: AtomicU64 = AtomicU64::new(0);
+    if !standard::tell_at_once(line) {
+        DROPPED.fetch_add(1, Ordering::Relaxed);
+        return;
+    }
+    let dropped = DROPPED.swap(0, Ordering::Relaxed);
+    if dropped > 0 {
+        let told =
+            format!("keymill: {dropped} lines of this log were dropped, since nobody read it\n");
+        standard::tell_at_once(told.as_bytes());
     }
 }
 

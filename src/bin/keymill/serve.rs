@@ -208,7 +208,7 @@ Examples:
 
 pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     let config = args.config(home)?;
-    args.logs().start()?;
+    args.logs().start();
     let stale_max = Duration::from_secs(args.stale_seconds.into());
     let engine = home.open_with(Engine::builder().stale_max(stale_max))?;
     let tier = engine.tier();

@@ -124,28 +124,40 @@ pub(crate) fn mute() {
 
 /// Writes a message to standard error, if it is there, and if somebody reads it in time.
 pub(crate) fn tell(message: &str) {
+    tell_within(message.as_bytes(), PATIENCE);
+}
+
+/// Writes what standard error takes at once, and nothing more. Returns whether that was all.
+#[cfg(feature = "server")]
+pub(crate) fn tell_at_once(message: &[u8]) -> bool {
+    tell_within(message, Duration::ZERO)
+}
+
+/// Returns whether all was written.
+fn tell_within(message: &[u8], patience: Duration) -> bool {
     if MUTE.load(Ordering::Relaxed) {
-        return;
+        return true;
     }
     let stderr = io::stderr();
     let mut last = Instant::now();
-    let mut rest = message.as_bytes();
+    let mut rest = message;
     while !rest.is_empty() {
-        let left = PATIENCE.saturating_sub(last.elapsed());
+        let left = patience.saturating_sub(last.elapsed());
         let timeout = Timespec::try_from(left).ok();
         match poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], timeout.as_ref()) {
             Ok(1..) => {}
             Err(Errno::INTR) if !left.is_zero() => continue,
-            _ => return,
+            _ => return false,
         }
         match rustix::io::write(&stderr, &rest[..rest.len().min(MESSAGE_LEN_MAX)]) {
-            Ok(0) => return,
+            Ok(0) => return false,
             Ok(written) => {
                 rest = &rest[written..];
                 last = Instant::now();
             }
             Err(Errno::INTR | Errno::AGAIN) if !left.is_zero() => {}
-            Err(_) => return,
+            Err(_) => return false,
         }
     }
+    true
 }
