@@ -5,7 +5,10 @@
 
 use std::{
     io,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -65,15 +68,21 @@ impl Workers {
 
 impl Worker {
     fn start() -> io::Result<Self> {
-        let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-        let handle = runtime.handle().clone();
         let (alive, ended) = oneshot::channel();
+        let (tell, told) = mpsc::channel();
+        // The thread makes its runtime: one that is dropped because there is no thread for it would panic here.
         let run = move || {
+            let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => return drop(tell.send(Err(error))),
+            };
+            let _ = tell.send(Ok(runtime.handle().clone()));
             let _ = runtime.block_on(ended);
             // Whatever still works is beyond the time that it had.
             runtime.shutdown_timeout(END_TIME);
         };
         let thread = thread::Builder::new().name("keymill-serve".into()).spawn(run)?;
-        Ok(Self { runtime: handle, alive, thread })
+        let runtime = told.recv().map_err(io::Error::other)??;
+        Ok(Self { runtime, alive, thread })
     }
 }

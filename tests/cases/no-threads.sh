@@ -20,7 +20,6 @@ alone() { RUST_MIN_STACK=99000000000 prlimit --as=16000000000 "$@"; }
   "$keymill" key create --home home --alias alias/app >/dev/null
 export KEYMILL_HOME=$work/home
 
-
 alone "$keymill" generate --key alias/app --count 100000 --out keys.jsonl 2>err || {
   cat err; fail "generate fails without threads"; }
 grep -q panicked err && { cat err; fail "generate panics without threads"; }
@@ -33,13 +32,14 @@ grep -q panicked err && { cat err; fail "decrypt panics without threads"; }
 [ "$(wc -l <plain.jsonl)" = 100000 ] || fail "decrypt without threads wrote $(wc -l <plain.jsonl) lines of 100000"
 
 # A server answers on the thread that it has.
-alone "$keymill" serve --listen 127.0.0.1:0 --metrics 127.0.0.1:0 >ready 2>log &
+RUST_MIN_STACK=99000000000 prlimit --as=16000000000 "$keymill" serve --listen 127.0.0.1:0 --metrics 127.0.0.1:0 >ready 2>log &
 server=$!
 for _ in $(seq 100); do
   grep -q metrics ready log && break
   kill -0 "$server" 2>/dev/null || { cat log; fail "serve ends without threads"; }
   sleep 0.1
 done
+grep -q 'ready on http' ready || { cat log; fail "the ready line is not written without threads"; }
 metrics=$(grep -oh 'metrics[^0-9]*127.0.0.1:[0-9]*' ready log | grep -o '127.0.0.1:[0-9]*' | head -1)
 [ -n "$metrics" ] || { cat ready log; fail "the server does not say where its metrics are"; }
 for path in healthz readyz metrics; do

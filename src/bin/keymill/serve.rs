@@ -414,8 +414,9 @@ fn announce(server: &Server, config: &ServerConfig) {
             tracing::warn!(%error, "cannot write the ready line to standard output");
         }
     };
-    if let Err(error) = thread::Builder::new().name("keymill-ready".into()).spawn(write) {
-        tracing::warn!(%error, "cannot write the ready line to standard output");
+    // A short line into a pipe that was opened just now finds room: without a thread it is written here.
+    if thread::Builder::new().name("keymill-ready".into()).spawn(write.clone()).is_err() {
+        write();
     }
 }
 
