@@ -2,7 +2,8 @@
 //!
 //! Method: a client of our own (`client`), written from the protocol's description and not from the server, asks a
 //! [`Service`](keymill::server::Service) without sockets, and a [`Server`](keymill::server::Server) on loopback
-//! (`sockets`, `crowds`, `stalls`, `refusals`, `tls`, `watching`). Whatever is answered is read by prost and must be what prost would write.
+//! (`sockets`, `crowds`, `shares`, `stalls`, `refusals`, `tls`, `watching`). Whatever is answered is read by prost and must
+//! be what prost would write.
 #![cfg(feature = "server")]
 
 mod access;
@@ -13,6 +14,7 @@ mod heads;
 mod operations;
 mod refusals;
 mod running;
+mod shares;
 mod sockets;
 mod stalls;
 mod tls;

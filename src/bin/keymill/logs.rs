@@ -89,7 +89,8 @@ impl Logs {
             tracing::error!(place, why, "panicked");
         }));
         if let Some(error) = no_thread {
-            tracing::warn!(%error, "the log has no thread; what standard error does not take at once is dropped");
+            let why = "the log has no thread; what standard error does not take at once is dropped";
+            tracing::warn!(%error, "{why}");
         }
     }
 }

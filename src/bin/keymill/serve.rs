@@ -77,12 +77,14 @@ pub(crate) struct Args {
           default_value_t = 64 << 20, value_parser = value_parser!(u64).range(1..=1 << 30))]
     batch_body_max: u64,
 
-    /// Data keys that are worked on at once; what is beyond is answered 429
+    /// Data keys that are worked on at once, shared by the clients that ask; what is beyond is
+    /// answered 429
     #[arg(long, value_name = "N", env = "KEYMILL_KEYS_IN_PROGRESS", hide_env_values = true,
           default_value_t = 1 << 18, value_parser = value_parser!(u64).range(1..))]
     keys_in_progress: u64,
 
-    /// Data keys a second; what is beyond is answered 429 [default: no limit]
+    /// Data keys a second, shared by the clients that ask; what is beyond is answered 429. A batch of
+    /// more than 60 seconds of them is refused [default: no limit]
     #[arg(long, value_name = "N", env = "KEYMILL_KEYS_PER_SECOND", hide_env_values = true,
           value_parser = value_parser!(u32).range(1..))]
     keys_per_second: Option<u32>,
