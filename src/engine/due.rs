@@ -154,9 +154,9 @@ impl Shared {
         {
             let [then, now] = [newest.record.last_rotation, now].map(|t| date(system_time(t)));
             log::warn!(
-                "the clock says {now}, but {count} keys are dated later, such as {}, of {then}: \
-                 they were dated by a wrong clock, or this one is behind; those that rotate by \
-                 themselves are due now",
+                "the clock says {now}, but keys are dated later ({count} of them, such as {}, of \
+                 {then}): they were dated by a wrong clock, or this one is behind; those that \
+                 rotate by themselves are due now",
                 newest.record.id
             );
         }

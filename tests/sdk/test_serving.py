@@ -38,14 +38,15 @@ class Serving(SdkTest):
         """A server of one key a second that has just made `count` of them, and a client of it."""
         server = self.serve("--keys-per-second", "1")
         client = server.client(self.client_key)
-        # A batch is let in whole while there is anything left; what follows waits until its debt is paid.
+        # A batch is let in whole while there is anything left; what follows waits until its debt is paid, which may
+        # take a minute at most.
         item = field(1, field(1, field(1, "alias/app") + field(3, 32)))
         send(client, "BatchGenerateDataKey", item * count)
         return server, client
 
     def test_a_throttled_call_is_tried_four_times(self):
         """The SDK tries a throttled call again three times, a second between them, and then says why it failed."""
-        server, client = self.overdrawn(100)
+        server, client = self.overdrawn(60)
         start = time.monotonic()
         with self.assertRefused(429, "Rejected.Throttling", "QPS Limit Exceeded"):
             self.generate(client)
@@ -99,7 +100,10 @@ class Serving(SdkTest):
         self.assertEqual(server.stop(), 0)
 
         text = path.read_text()
-        records = [json.loads(line) for line in text.splitlines()]
+        lines = [json.loads(line) for line in text.splitlines()]
+        # The server's own start and end are told, too.
+        self.assertEqual([line["operation"] for line in lines if "by" in line], ["Start", "End"])
+        records = [line for line in lines if "by" not in line]
         seen = [tuple(record[name] for name in ("request_id", "status", "codes", "keys")) for record in records]
         self.assertEqual(seen, expected)
         for record in records:
