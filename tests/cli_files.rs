@@ -214,6 +214,27 @@ fn closed_descriptors_are_no_success_and_no_empty_input() {
     assert_eq!(scratch.lines("rows"), 1);
 }
 
+/// Whoever is told of a failure does it again, and a refused argument asks for nothing.
+#[test]
+fn what_fails_has_made_nothing() {
+    let scratch = Scratch::new();
+    let before = scratch.sh("$K key list --json && $K client list --json").done();
+    for args in
+        ["key create --alias alias/new", "key rotate alias/app", "alias create alias/b alias/app"]
+    {
+        scratch.sh(&format!("$K {args} >&-")).ended(2, "standard output is closed");
+    }
+    let client =
+        "$K client create --name c --out c.json --password-file c.pw --keys '*' --allow all >&-";
+    scratch.sh(client).ended(2, "standard output is closed");
+    let aad = "a".repeat(8193);
+    for more in ["--bytes 2000", "--bytes 0", &format!("--aad {aad}")] {
+        let script = format!("$K generate --key alias/new --create {more}");
+        assert_eq!(scratch.sh(&script).code, Some(1), "{script}");
+    }
+    assert_eq!(scratch.sh("$K key list --json && $K client list --json").done(), before);
+}
+
 #[test]
 fn standard_error_changes_nothing() {
     let scratch = Scratch::new();

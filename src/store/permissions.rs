@@ -79,7 +79,12 @@ impl Us {
         } else {
             return None;
         };
-        Some(format!("has mode {mode:04o} and group {group}, {who}; run `chmod 600` on it"))
+        // Of root, it is for a process that could not read it with less.
+        let remedy = match user == SUPERUSER && self.user != SUPERUSER {
+            true => "give it a group of this process by `chgrp`, and run `chmod 440` on it",
+            false => "run `chmod 600` on it",
+        };
+        Some(format!("has mode {mode:04o} and group {group}, {who}; {remedy}"))
     }
 
     fn refuses_store(&self, found: Found) -> Option<String> {
@@ -190,7 +195,8 @@ mod tests {
             let refused = us().refuses_root_key(Found { user, group, mode });
             assert_eq!(refused.is_none(), fine, "{user} {group} {mode:o}: {refused:?}");
             if let Some(why) = refused {
-                assert!(why.contains("`chmod 600`") || why.contains("`chown`"), "{why}");
+                let remedies = ["`chmod 600`", "`chmod 440`", "`chown`"];
+                assert!(remedies.iter().any(|remedy| why.contains(remedy)), "{why}");
             }
         }
     }

@@ -4,7 +4,10 @@ use std::{ops::Range, path::PathBuf};
 
 use base64_simd::STANDARD;
 use clap::ArgGroup;
-use keymill::{DataKeyBatch, Engine, GenerateDataKeyRequest, Operation, SameAad};
+use keymill::{
+    DataKeyBatch, Engine, GenerateDataKeyRequest, Operation, SameAad,
+    limits::{AAD_LEN_MAX, NUMBER_OF_BYTES_MAX},
+};
 
 use crate::{
     failure::Result,
@@ -119,7 +122,8 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
     // Before anything is made: that there is no place for the rows should not be told after the work.
     let out = Output::open(args.out.as_deref())?;
     let engine = match &args.key {
-        Some(key) if args.create => home.open_or_create(key)?,
+        // What the engine will refuse makes no key on the way.
+        Some(key) if args.create && args.are_within_limits() => home.open_or_create(key)?,
         _ => home.open()?,
     };
     let done = match (lines, &args.key) {
@@ -140,6 +144,12 @@ pub(crate) fn run(home: &Home, args: &Args) -> Result<()> {
 }
 
 impl Args {
+    /// Whether the engine takes the length and the AAD. It says itself what is wrong with them.
+    fn are_within_limits(&self) -> bool {
+        let len = usize::try_from(self.bytes).unwrap_or(usize::MAX);
+        (1..=NUMBER_OF_BYTES_MAX).contains(&len) && self.aad.len() <= AAD_LEN_MAX
+    }
+
     fn operation(&self) -> Operation {
         match (self.advance, self.without_plaintext) {
             (false, false) => Operation::GenerateDataKey,

@@ -162,6 +162,10 @@ fn run(Cli { home, command }: Cli) -> Result<()> {
         home.spare_from_streams()?;
         Ok::<_, Failure>(home)
     };
+    if command.tells_what_it_did() {
+        // Before anything is done: whoever is told of a failure does it again.
+        standard::output()?;
+    }
     match command {
         Command::Init(args) => init::run(&home()?, &args),
         Command::Key(command) => key::run(&home()?, command),
@@ -181,6 +185,19 @@ fn run(Cli { home, command }: Cli) -> Result<()> {
                 home.spare_from_streams()?;
             }
             bench::run(&args)
+        }
+    }
+}
+
+impl Command {
+    /// Whether what it makes or changes is told on standard output alone. A server tells its log, too, and rows may go
+    /// elsewhere.
+    fn tells_what_it_did(&self) -> bool {
+        match self {
+            Self::Init(_) | Self::Key(_) | Self::Alias(_) | Self::Info(_) | Self::Mend(_) => true,
+            #[cfg(feature = "server")]
+            Self::Client(_) => true,
+            _ => false,
         }
     }
 }
