@@ -35,8 +35,8 @@ taken 0:61234 440
 taken 61234:61234 400
 taken 61234:61234 600
 taken 61234:61234 640
-refused 0:61234 444 'chmod 600'
-refused 0:61234 460 'chmod 600'
+refused 0:61234 444 'chmod 440'
+refused 0:61234 460 'chmod 440'
 refused 61234:0 640 'chmod 600'
 refused 61234:61234 644 'chmod 600'
 # By way of an ACL, in which the group's bits are the mask.
