@@ -228,7 +228,6 @@ impl Admission {
         if !self.enter(account, keys, now_ms) {
             return Err(Refusal::throttled(Limit::KeysInProgress, 1));
         }
-        account.keys.fetch_add(keys, Ordering::Relaxed);
         let admitted = Admitted { admission: self, account, keys };
         if let Some(rate) = &self.rate {
             let active_count = || self.ledger.active_count(now_ms);
@@ -247,6 +246,7 @@ impl Admission {
         if !self.has_turn.load(Ordering::Relaxed)
             && self.in_progress.fetch_update(order, failed, fits).is_ok()
         {
+            account.keys.fetch_add(keys, Ordering::Relaxed);
             return true;
         }
         let mut turn = lock(&self.turn);
@@ -264,6 +264,8 @@ impl Admission {
             || turn.is_none()
                 && (all.saturating_add(keys) <= max || own == 0 && all + share <= max);
         if enters {
+            // Still under the lock: two requests of one client at once do not both find its share free.
+            account.keys.fetch_add(keys, Ordering::Relaxed);
             self.in_progress.fetch_add(keys, order);
         } else if own == 0 && turn.is_none() {
             *turn = Some(Turn { account: Arc::downgrade(account), asked_ms: now_ms });
@@ -318,6 +320,25 @@ mod tests {
         assert_eq!(admission.in_progress(), 0);
         // What nobody uses is there for everybody.
         assert!(admission.take(&late, 90).is_ok());
+    }
+
+    #[test]
+    fn requests_of_one_client_at_once_do_not_pass_its_share_together() {
+        let admission = Admission::new(1000, None);
+        let (early, late) = (client(), client());
+        let _all = admission.take(&early, 1000).unwrap();
+        let begin = std::sync::Barrier::new(8);
+        let let_in = |_| {
+            begin.wait();
+            (0..50).filter_map(|_| admission.take(&late, 25).ok()).collect::<Vec<_>>()
+        };
+        let count: usize = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || let_in(n))).collect();
+            // Nobody gives anything back before all have asked.
+            let all: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+            all.iter().map(Vec::len).sum()
+        });
+        assert_eq!(count, 20, "a share is 500 keys");
     }
 
     #[test]

@@ -287,6 +287,25 @@ async fn no_key_is_made_while_the_audit_log_cannot_be_written() {
     server.end().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_request_has_the_key_that_it_asked_for_in_its_record() {
+    let log = Log::new();
+    let server = log.serve(true).await;
+    let some = create_client(&server.engine, &SIGNER, "all", &["alias/derived"]);
+    let mut draft = server.draft("GenerateDataKey", &generate("alias/direct", 32));
+    draft.set(crate::client::CLIENT, some.as_str()).sign();
+    assert_eq!(send(&server, &draft).await.status, 403);
+    let names = ["alias/derived", "alias/none", "no name of a key\u{202e}", "alias/direct"];
+    let many = batch(names.map(|name| generate(name, 32)));
+    let mut draft = server.draft("BatchGenerateDataKey", &many);
+    draft.set(crate::client::CLIENT, some.as_str()).sign();
+    assert_eq!(send(&server, &draft).await.status, 200);
+    let records = log.wait_for(2).await;
+    assert_eq!(records[0]["requested"], json!(["alias/direct"]), "{}", records[0]);
+    assert_eq!(records[1]["requested"], json!(["alias/direct", "alias/none"]), "{}", records[1]);
+    server.end().await;
+}
+
 /// The files of the server are found under any name, and a log that cannot be written is told at the start.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_audit_log_that_cannot_work_is_refused_at_the_start() {
