@@ -323,25 +323,6 @@ mod tests {
     }
 
     #[test]
-    fn requests_of_one_client_at_once_do_not_pass_its_share_together() {
-        let admission = Admission::new(1000, None);
-        let (early, late) = (client(), client());
-        let _all = admission.take(&early, 1000).unwrap();
-        let begin = std::sync::Barrier::new(8);
-        let let_in = |_| {
-            begin.wait();
-            (0..50).filter_map(|_| admission.take(&late, 25).ok()).collect::<Vec<_>>()
-        };
-        let count: usize = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || let_in(n))).collect();
-            // Nobody gives anything back before all have asked.
-            let all: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
-            all.iter().map(Vec::len).sum()
-        });
-        assert_eq!(count, 20, "a share is 500 keys");
-    }
-
-    #[test]
     fn batches_larger_than_a_share_take_turns() {
         let admission = Admission::new(100, None);
         let (one, other) = (client(), client());
